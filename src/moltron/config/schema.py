@@ -1,0 +1,201 @@
+"""Every key that a user can set, with its default, in plain dataclasses.
+
+defaults here < preset < command line. `PATH` marks keys whose values are taken literally (brackets, `=`, commas,
+spaces and `~` need no quotes). Knows nothing of Hydra (compose.py does) and of what the keys set in motion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PATH = {"path": True}
+
+
+def path(default: str | None = "???") -> Any:
+    return field(default=default, metadata=PATH)
+
+
+# ---------------------------------------------------------------------------------------------------- moltron train
+
+
+@dataclass
+class DataConfig:
+    path: str = path()  # a folder that `moltron prepare` wrote
+    cache_dir: str | None = path(None)  # where index files go if `path` is read-only
+    max_length: int = 1024  # tokens a sequence, specials included; longer ones are cropped at random
+    window: int = 65536  # records packed together; the order of records is exact across windows
+    clusters: bool = True  # draw a cluster, then a member, where the store has clusters
+
+
+@dataclass
+class BatchConfig:
+    tokens: int = 16384  # T, the fixed length of one pack, specials included
+    packs: int = 8  # P, packs in one optimizer step over all ranks
+
+
+@dataclass
+class ObjectiveConfig:
+    name: str = "masked_lm"
+    select: float = 0.15  # share of residues with a loss
+    mask: float = 0.8  # of the selected: become <mask>
+    random: float = 0.1  # of the selected: become another residue; the rest stays
+    count: str = "bernoulli"  # bernoulli: each residue by itself; floor: exactly floor(select · L) a sequence
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = "cosine"  # cosine | linear | warmup_anneal_hold | noam | inverse_sqrt | constant
+    warmup_steps: int = 2000
+    decay_steps: int | None = None  # where the decay ends; None: train.max_steps
+    constant_steps: int = 0  # cosine: steps at min_lr at the end
+    min_lr: float = 0.0
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"  # adamw | muon (2-D hidden matrices; AdamW for the rest)
+    lr: float = 4e-4  # peak, after warm-up; noam: the factor
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # not on biases and norms
+    muon_lr: float = 2e-2  # peak, follows the same schedule
+    muon_momentum: float = 0.95
+    clip: float | None = 1.0  # largest global gradient norm
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass
+class LoopConfig:
+    max_steps: int = 1000
+    precision: str = "auto"  # auto (bf16 on CUDA, fp32 on a CPU) | fp32 | bf16 | fp16
+    seed: int = 1234
+    device: str = "auto"  # auto | cpu | cuda
+    compile: bool | None = None  # blocks; None: on CUDA
+    log_every: int = 10
+    eval_every: int = 500
+    eval_packs: int | None = None  # packs of validation data; None: all
+    nonfinite: str = "stop"  # a loss or gradient that is not finite: stop | skip the step
+    early_stop: int | None = None  # stop after so many evaluations without a better val_loss
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 500
+    keep_last: int = 2
+    keep_best: int = 1  # by val_loss
+
+
+@dataclass
+class ParallelConfig:
+    reshard_after_forward: bool = False  # frees the gathered weights between forward and backward: memory for speed
+
+
+@dataclass
+class LoggingConfig:
+    tensorboard: bool = True
+    wandb: str = "disabled"  # disabled | offline | online
+    wandb_project: str = "moltron"
+
+
+@dataclass
+class TrainConfig:
+    """moltron train"""
+
+    run_dir: str = path()
+    init: str | None = path(None)  # start from these weights, at step 0
+    model: dict[str, Any] = field(default_factory=dict)  # family and its architecture, see configs/model
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+# -------------------------------------------------------------------------------------------------- the other commands
+
+
+@dataclass
+class PrepareConfig:
+    """moltron prepare"""
+
+    input: str = path()  # FASTA, CSV, .smi; .gz .xz .zst; a folder; a range x[000..049]; - for standard input
+    output: str = path()
+    kind: str | None = None  # protein | molecule; None: by the input
+    id_column: str | None = None
+    sequence_column: str | None = None
+    val_input: str | None = path(None)
+    test_input: str | None = path(None)
+    val_size: float = 0  # an integer counts, a fraction is a share
+    test_size: float = 0
+    seed: int = 0
+    clusters: str | None = path(None)  # MMseqs2's two columns, or a table with a header
+    cluster_column: str | None = None
+    members: str | None = path(None)  # UniRef90 FASTA, with `mapping`
+    mapping: str | None = path(None)  # UniRef50 id <TAB> UniRef90 ids
+    min_length: int = 1
+    max_length: int | None = None  # residues; longer records go to the rejects
+    illegal: str = "x"  # unknown letters: x (become X, counted) | reject
+    duplicates: str = "drop"  # equal sequences: drop (first one stays) | keep
+    overwrite: bool = False
+
+
+@dataclass
+class EmbedConfig:
+    """moltron embed"""
+
+    model: str = path()
+    input: str = path()
+    output: str = path()  # .pkl .npz .h5 .parquet .safetensors
+    outputs: list[str] = field(default_factory=lambda: ["embeddings"])  # embeddings, hiddens, logits
+    pooling: str = "mean"  # mean (over residues, without specials) | cls | max
+    layers: list[int] = field(default_factory=lambda: [-1])  # 0 = embeddings, last = after the final norm
+    long: str = "error"  # longer than the model: error (to the rejects, exit code 3) | truncate | window
+    max_length: int | None = None  # tokens; None: the model's
+    overlap: int = 128  # residues shared by neighbouring windows
+    dtype: str = "float32"  # float32 | float16
+    id_column: str | None = None
+    sequence_column: str | None = None
+    tokens: int | None = None  # tokens a batch; None: by device
+    shard_size: int = 20_000  # records a Parquet shard
+    precision: str = "auto"
+    device: str = "auto"
+    overwrite: bool = False
+
+
+@dataclass
+class EvaluateConfig:
+    """moltron evaluate"""
+
+    model: str = path()
+    input: str = path()  # FASTA, CSV, or one split of a prepared folder: DIR/val.arrow
+    tokens: int | None = None
+    max_length: int | None = None
+    id_column: str | None = None
+    sequence_column: str | None = None
+    precision: str = "auto"
+    device: str = "auto"
+
+
+@dataclass
+class ConvertConfig:
+    """moltron convert"""
+
+    input: str = path()
+    output: str = path()
+    format: str = "huggingface"  # huggingface | moltron
+    dtype: str = "float32"  # float32 | bfloat16 | float16
+    overwrite: bool = False
+
+
+@dataclass
+class DownloadConfig:
+    """moltron download"""
+
+    name: str = "???"  # e.g. esm2_650M; without it the command lists them
+    cache_dir: str | None = path(None)
+    offline: bool = False
+    endpoint: str | None = None  # another hub, e.g. a mirror

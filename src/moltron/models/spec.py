@@ -1,0 +1,45 @@
+"""One record per model family: everything the rest of the house needs to know of it.
+
+Names of tokenizers and objectives are strings, plans are tables of strings: this room imports neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """How a model is cut, in globs over module names. `units`: each match becomes one FSDP unit and one compiled block."""
+
+    units: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model family.
+
+    config: frozen dataclass of the architecture, all fields plain values (they go to config.json as they are);
+        has `vocab_size`, `hidden_size`, `num_layers`, `max_positions` (int, or None where positions have no end)
+        and `tokenizer` (a name that `moltron.tokenizers.get_tokenizer` knows).
+    model: config → nn.Module, with `forward(batch, hidden_layers=()) -> Output`, `logits(hidden) -> (…, V)`,
+        `init_weights(seed)`.
+    to_hf, from_hf: state dict and config in the layout of `transformers`, both ways; None where there is none.
+    objectives: names of `moltron.objectives`, the first is the default.
+    """
+
+    name: str
+    config: type
+    model: Callable[[Any], nn.Module]
+    plan: ParallelPlan
+    objectives: tuple[str, ...]
+    convert: Any = field(default=None)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters as the spec counts them: the contact head, a regression fitted after training, is left out."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("contact_head."))
