@@ -1,0 +1,116 @@
+"""The pre-norm Transformer block and the masked-LM head that the encoder families share.
+
+Knows nothing of vocabularies or families; sizes come as plain numbers.
+
+T tokens (packed), D width, N heads, H head width, F feed-forward width, V vocabulary
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moltron.layers.attention import Layout, attend
+from moltron.layers.positions import apply_rotary
+
+Rotary = tuple[Tensor, Tensor] | None
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention. Rows of `qkv` are ordered (head, {q, k, v}, H): between heads they can be cut."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.head_dim = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.out = nn.Linear(hidden_size, hidden_size)
+
+    def heads(self, x_TD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        q_TNH, k_TNH, v_TNH = self.qkv(x_TD).unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
+        if rotary is not None:
+            q_TNH, k_TNH = apply_rotary(q_TNH, *rotary), apply_rotary(k_TNH, *rotary)
+        return q_TNH, k_TNH, v_TNH
+
+    def forward(self, x_TD: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
+        return self.out(attend(*self.heads(x_TD, rotary), layout).flatten(1))
+
+    def probabilities(self, x_TD: Tensor, rotary: Rotary) -> Tensor:
+        """Softmax weights (N, T, T) in fp32; x_TD is one sequence."""
+        q_TNH, k_TNH, _ = self.heads(x_TD, rotary)
+        scores = torch.einsum("qnh,knh->nqk", q_TNH.float(), k_TNH.float()) * self.head_dim**-0.5
+        return scores.softmax(-1)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, hidden_size: int, ffn_size: int, gelu: str):
+        super().__init__()
+        self.gelu = gelu
+        self.up = nn.Linear(hidden_size, ffn_size)
+        self.down = nn.Linear(ffn_size, hidden_size)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_TD), approximate=self.gelu))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). gelu: "none" (exact, erf) or "tanh"."""
+
+    def __init__(self, hidden_size: int, num_heads: int, ffn_size: int, layer_norm_eps: float, gelu: str):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden_size, layer_norm_eps)
+        self.attention = SelfAttention(hidden_size, num_heads)
+        self.mlp_norm = nn.LayerNorm(hidden_size, layer_norm_eps)
+        self.mlp = FeedForward(hidden_size, ffn_size, gelu)
+
+    def forward(self, x_TD: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), layout, rotary)
+        return x_TD + self.mlp(self.mlp_norm(x_TD))
+
+
+class MaskedLMHead(nn.Module):
+    """dense → GELU → norm → the embedding's own rows as decoder, plus a bias (spec models.md §2)."""
+
+    def __init__(self, hidden_size: int, padded_vocab: int, layer_norm_eps: float, gelu: str):
+        super().__init__()
+        self.gelu = gelu
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, layer_norm_eps)
+        self.bias = nn.Parameter(torch.empty(padded_vocab))
+
+    def forward(self, hidden_MD: Tensor, embedding_VD: Tensor) -> Tensor:
+        x_MD = self.norm(F.gelu(self.dense(hidden_MD), approximate=self.gelu))
+        return F.linear(x_MD, embedding_VD, self.bias)
+
+
+def init_encoder_weights(
+    model: nn.Module,
+    *,
+    seed: int,
+    std: float,
+    num_layers: int,
+    vocab_size: int,
+    assign: Callable[[nn.Parameter, Tensor], None],
+) -> None:
+    """Normal(0, std), projections into the residual stream std/√(2L), biases 0, norms 1, padding rows of `embed` 0.
+
+    Each tensor is a function of (seed, name) alone, drawn on the CPU: the same on any device and any layout.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            value = torch.ones(parameter.shape)
+        elif name.endswith("bias") or name.startswith("contact_head."):
+            value = torch.zeros(parameter.shape)
+        else:
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            scale = std / math.sqrt(2 * num_layers) if residual else std
+            value = torch.empty(parameter.shape).normal_(0.0, scale, generator=generator)
+            if name == "embed.weight":
+                value[vocab_size:] = 0
+        assign(parameter, value)
