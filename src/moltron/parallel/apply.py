@@ -1,0 +1,90 @@
+"""Parallelism is applied to a model, never written into it; this is the only place that knows the order.
+
+    model on meta ── compile each unit ── FSDP2 each unit, then the rest ── memory ── numbers
+
+Compile comes before FSDP2, so that the hooks that gather weights stay outside of the compiled graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from moltron.models.spec import ParallelPlan
+from moltron.parallel.collectives import world_size
+from moltron.parallel.precision import mixed_precision
+
+
+def units(model: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
+    """The modules that the plan's globs name, in the model's order. A glob that hits nothing is an error."""
+    found = {name: module for name, module in model.named_modules() for glob in plan.units if _matches(name, glob)}
+    for glob in plan.units:
+        if not any(_matches(name, glob) for name in found):
+            raise ValueError(f"the plan's glob {glob!r} names no module")
+    return list(found.values())
+
+
+def _matches(name: str, glob: str) -> bool:
+    return name.count(".") == glob.count(".") and fnmatchcase(name, glob)
+
+
+def compile_units(model: nn.Module, plan: ParallelPlan) -> None:
+    """torch.compile each unit in place: equal blocks share one compilation."""
+    for unit in units(model, plan):
+        unit.compile(fullgraph=True)
+
+
+def parallelize(
+    model: nn.Module,
+    plan: ParallelPlan,
+    device: torch.device,
+    *,
+    precision: str,
+    compile: bool,
+    reshard_after_forward: bool = False,
+) -> nn.Module:
+    """Make a model on the meta device ready for `device` and the current world; its memory is not filled yet.
+
+    One process in fp32 is left alone; all else goes through FSDP2, also on one GPU, for its precision policy.
+    """
+    if compile:
+        compile_units(model, plan)
+    if world_size() > 1 or precision != "fp32":
+        mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("dp_shard",))
+        settings = dict(mesh=mesh, mp_policy=mixed_precision(precision), reshard_after_forward=reshard_after_forward)
+        for unit in units(model, plan):
+            fully_shard(unit, **settings)
+        fully_shard(model, **settings)
+    return model.to_empty(device=device)
+
+
+def assign_full(parameter: nn.Parameter, value: Tensor) -> None:
+    """Write a full tensor, equal on every rank, into a parameter that may be sharded. No communication."""
+    with torch.no_grad():
+        value = value.to(device=parameter.device, dtype=parameter.dtype)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)
+
+
+def load_full_state(model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> None:
+    """Fill every parameter from (name, full tensor) pairs; a name too many or too few is an error."""
+    parameters = dict(model.named_parameters())
+    for name, value in state:
+        if name not in parameters:
+            raise ValueError(f"the model has no parameter {name!r}")
+        assign_full(parameters.pop(name), value)
+    if parameters:
+        raise ValueError(f"no weights for {', '.join(sorted(parameters))}")
+
+
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward reduces gradients over the ranks; off for all but the last micro-batch of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)

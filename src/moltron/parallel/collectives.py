@@ -1,0 +1,79 @@
+"""Who we are among the processes, and the few collectives that the rest of the house uses.
+
+torchrun's environment makes a job of several ranks; without it a process is a world of its own, in which every call
+here works too. Nothing outside parallel/ and checkpoint/ touches torch.distributed.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def init(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
+    """Join (or found) the job; returns this rank's device. device: auto | cpu | cuda. Safe to call twice.
+
+    A CPU backend (gloo) is always there, for small objects and asynchronous checkpoints; CUDA tensors go through NCCL.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device: install a CUDA build of torch or set device=cpu")
+    local = torch.device("cpu")
+    if device == "cuda":
+        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        timeout = timedelta(minutes=timeout_minutes)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return local
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over all ranks, in place; returns the tensor. Does not wait for the device."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Maximum over all ranks, in place; returns the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank. For small plain values between the ranks of one job only."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.monitored_barrier() if dist.get_backend() == "gloo" else dist.barrier()
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
