@@ -12,7 +12,7 @@ from typing import Any
 PATH = {"path": True}
 
 
-def path(default: str | None = "???") -> Any:
+def literal(default: str | None = "???") -> Any:
     return field(default=default, metadata=PATH)
 
 
@@ -21,8 +21,8 @@ def path(default: str | None = "???") -> Any:
 
 @dataclass
 class DataConfig:
-    path: str = path()  # a folder that `moltron prepare` wrote
-    cache_dir: str | None = path(None)  # where index files go if `path` is read-only
+    path: str = literal()  # a folder that `moltron prepare` wrote
+    cache_dir: str | None = literal(None)  # where index files go if `path` is read-only
     max_length: int = 1024  # tokens a sequence, specials included; longer ones are cropped at random
     window: int = 65536  # records packed together; the order of records is exact across windows
     clusters: bool = True  # draw a cluster, then a member, where the store has clusters
@@ -102,8 +102,8 @@ class LoggingConfig:
 class TrainConfig:
     """moltron train"""
 
-    run_dir: str = path()
-    init: str | None = path(None)  # start from these weights, at step 0
+    run_dir: str = literal()
+    init: str | None = literal(None)  # start from these weights, at step 0
     model: dict[str, Any] = field(default_factory=dict)  # family and its architecture, see configs/model
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -122,20 +122,20 @@ class TrainConfig:
 class PrepareConfig:
     """moltron prepare"""
 
-    input: str = path()  # FASTA, CSV, .smi; .gz .xz .zst; a folder; a range x[000..049]; - for standard input
-    output: str = path()
+    input: str = literal()  # FASTA, CSV, .smi; .gz .xz .zst; a folder; a range x[000..049]; - for standard input
+    output: str = literal()
     kind: str | None = None  # protein | molecule; None: by the input
     id_column: str | None = None
     sequence_column: str | None = None
-    val_input: str | None = path(None)
-    test_input: str | None = path(None)
+    val_input: str | None = literal(None)
+    test_input: str | None = literal(None)
     val_size: float = 0  # an integer counts, a fraction is a share
     test_size: float = 0
     seed: int = 0
-    clusters: str | None = path(None)  # MMseqs2's two columns, or a table with a header
+    clusters: str | None = literal(None)  # MMseqs2's two columns, or a table with a header
     cluster_column: str | None = None
-    members: str | None = path(None)  # UniRef90 FASTA, with `mapping`
-    mapping: str | None = path(None)  # UniRef50 id <TAB> UniRef90 ids
+    members: str | None = literal(None)  # UniRef90 FASTA, with `mapping`
+    mapping: str | None = literal(None)  # UniRef50 id <TAB> UniRef90 ids
     min_length: int = 1
     max_length: int | None = None  # residues; longer records go to the rejects
     illegal: str = "x"  # unknown letters: x (become X, counted) | reject
@@ -147,9 +147,9 @@ class PrepareConfig:
 class EmbedConfig:
     """moltron embed"""
 
-    model: str = path()
-    input: str = path()
-    output: str = path()  # .pkl .npz .h5 .parquet .safetensors
+    model: str = literal()
+    input: str = literal()
+    output: str = literal()  # .pkl .npz .h5 .parquet .safetensors
     outputs: list[str] = field(default_factory=lambda: ["embeddings"])  # embeddings, hiddens, logits
     pooling: str = "mean"  # mean (over residues, without specials) | cls | max
     layers: list[int] = field(default_factory=lambda: [-1])  # 0 = embeddings, last = after the final norm
@@ -170,8 +170,8 @@ class EmbedConfig:
 class EvaluateConfig:
     """moltron evaluate"""
 
-    model: str = path()
-    input: str = path()  # FASTA, CSV, or one split of a prepared folder: DIR/val.arrow
+    model: str = literal()
+    input: str = literal()  # FASTA, CSV, or one split of a prepared folder: DIR/val.arrow
     tokens: int | None = None
     max_length: int | None = None
     id_column: str | None = None
@@ -184,8 +184,8 @@ class EvaluateConfig:
 class ConvertConfig:
     """moltron convert"""
 
-    input: str = path()
-    output: str = path()
+    input: str = literal()
+    output: str = literal()
     format: str = "huggingface"  # huggingface | moltron
     dtype: str = "float32"  # float32 | bfloat16 | float16
     overwrite: bool = False
@@ -196,6 +196,6 @@ class DownloadConfig:
     """moltron download"""
 
     name: str = "???"  # e.g. esm2_650M; without it the command lists them
-    cache_dir: str | None = path(None)
+    cache_dir: str | None = literal(None)
     offline: bool = False
     endpoint: str | None = None  # another hub, e.g. a mirror
