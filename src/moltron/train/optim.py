@@ -1,0 +1,152 @@
+"""Which parameter is trained by what: AdamW, or Muon for the hidden matrices and AdamW for the rest.
+
+    model ──split──> hidden matrices | other matrices | biases, norms ──Optimizer──> step(lr), state_tensors()
+
+Hidden matrices are the 2-D parameters inside the model's parallel units (its blocks). Weight decay is on matrices only;
+frozen parameters are left out. Knows nothing of schedules (it is told a rate) and of files (it hands out a flat dict of
+tensors, which a checkpoint restores in place).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moltron.config.schema import OptimConfig
+from moltron.models.spec import ParallelPlan
+from moltron.parallel.apply import assign_full, units
+
+NAMES = ("adamw", "muon")
+STACK = 2**26  # elements orthogonalised at once: bounds Muon's extra memory to a few times 128 MB
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, for sharded matrices too, and with one batched iteration for all matrices of one shape.
+
+    An update needs the whole matrix: the momentum stays sharded, its look-ahead is gathered, every rank orthogonalises
+    it and keeps its own rows.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            decay = 1 - group["lr"] * group["weight_decay"]
+            for parameters in _stacks(group["params"]):
+                updates = torch.stack([self._look_ahead(p, group["momentum"]) for p in parameters])
+                updates = newton_schulz(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                rows, columns = parameters[0].shape
+                lr = group["lr"] * max(1.0, rows / columns) ** 0.5
+                for parameter, update in zip(parameters, updates, strict=True):
+                    own = torch.empty_like(parameter)
+                    assign_full(own, update)  # type: ignore[arg-type]
+                    parameter.mul_(decay).add_(own, alpha=-lr)
+
+    def _look_ahead(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov momentum of one matrix, whole, in bf16."""
+        assert parameter.grad is not None
+        buffer = self.state[parameter]["momentum_buffer"]
+        buffer.lerp_(parameter.grad, 1 - momentum)
+        update = parameter.grad.lerp(buffer, momentum).bfloat16()
+        return update.full_tensor() if hasattr(update, "full_tensor") else update  # type: ignore[operator]
+
+
+def newton_schulz(x_KMN: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """(K, M, N) bf16 → nearest semi-orthogonal matrices, roughly: singular values land in 0.7 … 1.2 (Jordan 2024)."""
+    a, b, c = coefficients
+    tall = x_KMN.shape[-2] > x_KMN.shape[-1]
+    x = x_KMN.mT if tall else x_KMN
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters of one shape together, at most STACK elements a time."""
+    shapes: dict[torch.Size, list[Tensor]] = {}
+    for parameter in parameters:
+        shapes.setdefault(parameter.shape, []).append(parameter)
+    for shape, same in shapes.items():
+        count = max(1, STACK // shape.numel())
+        yield from (same[i : i + count] for i in range(0, len(same), count))
+
+
+class Optimizer:
+    """All optimizers of a run behind one `step`. Memory for the state is taken at once, so that it can be restored."""
+
+    def __init__(self, model: nn.Module, plan: ParallelPlan, config: OptimConfig, peak: float):
+        """peak: the schedule's highest rate; Muon's own rate follows in proportion."""
+        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.updates = 0  # AdamW's bias correction counts these; skipped steps are not among them
+        hidden, matrices, vectors = split(model, plan)
+        if config.name != "muon":
+            matrices, hidden = hidden + matrices, []
+        fused = all(p.device.type in ("cpu", "cuda") for p in self.names)
+        adamw_groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(
+            [g for g in adamw_groups if g["params"]],
+            lr=config.lr,
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.eps,
+            fused=fused,
+        )
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adamw, 1.0)]
+        for group in adamw.param_groups:
+            for p in group["params"]:
+                step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+                adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        if hidden:
+            muon = Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=config.muon_momentum)
+            muon.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in hidden})
+            self.optimizers.append((muon, config.muon_lr / peak))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.names)
+
+    def step(self, lr: float) -> None:
+        for optimizer, scale in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale
+            optimizer.step()
+        self.updates += 1
+
+    def zero_grad(self) -> None:
+        for parameter in self.names:
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`optim.<kind>.<parameter name>` → tensor, sharded like its parameter; the live ones, not copies."""
+        return {
+            f"optim.{kind}.{self.names[parameter]}": tensor  # type: ignore[index]
+            for optimizer, _ in self.optimizers
+            for parameter, state in optimizer.state.items()
+            for kind, tensor in state.items()
+            if kind != "step"
+        }
+
+    def set_updates(self, updates: int) -> None:
+        """Restore the count of updates, which AdamW keeps a copy of for every parameter."""
+        self.updates = updates
+        for optimizer, _ in self.optimizers:
+            for state in optimizer.state.values():
+                if "step" in state:
+                    state["step"].fill_(updates)
+
+
+def split(
+    model: nn.Module, plan: ParallelPlan
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters: (2-D inside the plan's units, other matrices, biases and norms)."""
+    inside = {p for unit in units(model, plan) for p in unit.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in trained if p.ndim == 2 and p in inside]
+    matrices = [p for p in trained if p.ndim >= 2 and not (p.ndim == 2 and p in inside)]
+    return hidden, matrices, [p for p in trained if p.ndim < 2]
