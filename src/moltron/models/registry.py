@@ -38,10 +38,10 @@ def architecture_problems(family: Any, architecture: Mapping[str, Any]) -> list[
             problems.append(f"model.{name} is missing")
         elif not isinstance(value, kinds[field.type]) or (field.type != "bool" and isinstance(value, bool)):
             problems.append(f"model.{name}={value!r} is not of type {field.type}")
-        elif (field.type in ("int", "float") and value < 0) or (
-            field.type == "int" and value == 0 and name != "mask_id"
-        ):
-            problems.append(f"model.{name}={value} must be positive")
+        elif field.type == "float" and value < 0:
+            problems.append(f"model.{name}={value} must not be negative")
+        elif field.type == "int" and value < 1:
+            problems.append(f"model.{name}={value} must be at least 1")
     hidden, heads = architecture.get("hidden_size"), architecture.get("num_heads")
     if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         if hidden % heads:

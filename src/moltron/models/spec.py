@@ -14,7 +14,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """How a model is cut, in globs over module names. `units`: each match becomes one FSDP unit and one compiled block."""
+    """How a model is cut, in globs over module names. Each match of `units` is one FSDP unit and compiled."""
 
     units: tuple[str, ...]
 

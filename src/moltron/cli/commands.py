@@ -1,0 +1,59 @@
+"""What each command does with its configuration: call the room that does it, say what came of it, return an exit code.
+
+Rooms are imported when their command runs: `moltron --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from moltron.config.schema import (
+    ConvertConfig,
+    DownloadConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    PrepareConfig,
+    TrainConfig,
+)
+
+
+def prepare(config: PrepareConfig) -> int:
+    from moltron.data.prepare import prepare
+
+    prepare(config)
+    return 0
+
+
+def train(config: TrainConfig) -> int:
+    from moltron.train.loop import train
+
+    return train(config).exit_code
+
+
+def embed(config: EmbedConfig) -> int:
+    from moltron.infer.bulk import embed
+
+    return 3 if embed(config).rejected else 0
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    from moltron.infer.evaluate import evaluate_file
+
+    json.dump(evaluate_file(config), sys.stdout)
+    print()
+    return 0
+
+
+def convert(config: ConvertConfig) -> int:
+    from moltron.checkpoint.weights import convert
+
+    convert(config)
+    return 0
+
+
+def download(config: DownloadConfig) -> int:
+    from moltron.checkpoint.download import download
+
+    download(config)
+    return 0

@@ -1,0 +1,148 @@
+"""`moltron COMMAND key=value …`: argument parsing and help; each command's work is one function in commands.py.
+
+    argv ──argparse──> command, options, overrides ──compose.load_config──> dataclass ──commands.*──> exit code
+
+Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 done, but some records were rejected;
+75 training was asked to stop and has saved its state (run the same command again to go on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moltron.cli import commands
+from moltron.config import compose, schema
+
+
+@dataclass(frozen=True)
+class Command:
+    schema: type
+    run: Callable[[Any], int]
+    summary: str
+    example: str
+    presets: bool = False
+
+
+COMMANDS: dict[str, Command] = {
+    "prepare": Command(
+        schema.PrepareConfig,
+        commands.prepare,
+        "FASTA, CSV or SMILES files → a memory-mapped store with splits",
+        "moltron prepare input=proteins.fasta.gz output=store val_size=0.05",
+    ),
+    "train": Command(
+        schema.TrainConfig,
+        commands.train,
+        "pre-train a model; run again with the same run_dir to resume",
+        "moltron train --config-name pretrain_esm2_8M data.path=store run_dir=run train.max_steps=100",
+        presets=True,
+    ),
+    "embed": Command(
+        schema.EmbedConfig,
+        commands.embed,
+        "sequences → embeddings, hidden states, logits in a file",
+        "moltron embed model=run input=proteins.fasta output=embeddings.h5 outputs=[embeddings,hiddens]",
+    ),
+    "evaluate": Command(
+        schema.EvaluateConfig,
+        commands.evaluate,
+        "masked-LM loss and perplexity of a model on a file, as JSON",
+        "moltron evaluate model=run input=store/val.arrow",
+    ),
+    "convert": Command(
+        schema.ConvertConfig,
+        commands.convert,
+        "weights between our format, Hugging Face's and fair-esm's",
+        "moltron convert input=run output=my-esm2 format=huggingface",
+    ),
+    "download": Command(
+        schema.DownloadConfig,
+        commands.download,
+        "fetch a published checkpoint from the Hugging Face hub",
+        "moltron download name=esm2_8M",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    command = COMMANDS[arguments.command]
+    try:
+        config = compose.load_config(
+            command.schema,
+            arguments.overrides,
+            getattr(arguments, "config_name", None),
+            getattr(arguments, "config_dir", None) or (),
+        )
+    except compose.ConfigError as error:
+        print(f"moltron {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    try:
+        return command.run(config)
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
+        if os.environ.get("MOLTRON_DEBUG"):
+            raise
+        print(f"moltron {arguments.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, compose.ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moltron",
+        description="Train, run and convert biomolecular language models.",
+        epilog="Docs: docs/README.md",
+    )
+    sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        one = sub.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"example:\n  {command.example}\n\nkeys (default):\n{_describe_keys(command.schema)}",
+        )
+        one.add_argument("overrides", nargs="*", metavar="key=value", help="set a key, see below")
+        if command.presets:
+            names = ", ".join(n for n in compose.preset_names() if not n.startswith("_"))
+            one.add_argument("--config-name", metavar="PRESET", help=f"a preset: {names}, or one of your own")
+            one.add_argument(
+                "--config-dir",
+                action="append",
+                metavar="DIR",
+                help="a folder of own presets; also $MOLTRON_CONFIG_PATH",
+            )
+    return parser
+
+
+def _describe_keys(root: type) -> str:
+    """One line a key: name, default and the comment beside it in the schema's source."""
+    lines = []
+    for key, field in compose.schema_fields(root):
+        owner = _owner(root, key)
+        found = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(owner), re.MULTILINE)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        shown = "required" if default == "???" else str(default).lower() if isinstance(default, bool) else default
+        text = f"  {key} ({shown})"
+        lines.append(f"{text:<44} {found.group(1)}" if found else text)
+    return "\n".join(lines).replace("%", "%%")
+
+
+def _owner(root: type, key: str) -> type:
+    import typing
+
+    for part in key.split(".")[:-1]:
+        root = typing.get_type_hints(root)[part]
+    return root
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""From a command line to a plain dataclass: the only module that knows Hydra.
+
+    schema < preset (--config-name; folders: --config-dir, $MOLTRON_CONFIG_PATH, the package) < key=value
+
+Hydra composes the preset and its groups (`model=esm2_35M`); each leaf is then set on the typed schema by itself, so that
+all problems are found, not the first. Values of path keys never meet Hydra's grammar: they are literal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration, one problem a line."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''} in the configuration"
+        super().__init__("\n  - ".join([count + ":", *problems]))
+
+
+def load_config(
+    schema: type[Config],
+    overrides: Sequence[str] = (),
+    config_name: str | None = None,
+    config_dirs: Sequence[str] = (),
+) -> Config:
+    """Compose and check a configuration of dataclass `schema`. Raises ConfigError with every problem found."""
+    problems: list[str] = []
+    folders = search_path(config_dirs)
+    literals, choices, values = _split(schema, overrides, folders, problems)
+    preset = _compose(config_name, choices, folders, problems) if config_name or choices else OmegaConf.create({})
+    config = OmegaConf.structured(schema)
+    for key, value in _leaves(preset):
+        _set(config, key, value, problems)
+    for key, value in [*values, *literals]:
+        _set(config, key, value, problems)
+    for key in sorted(OmegaConf.missing_keys(config)):
+        if not any(problem.startswith(f"{key}=") for problem in problems):
+            problems.append(f"{key} is missing: give {key}=…")
+    if problems:
+        raise ConfigError(problems)
+    result = OmegaConf.to_object(config)
+    assert isinstance(result, schema)
+    return result
+
+
+def dump_config(config: Any) -> str:
+    """The configuration as YAML; `load_yaml` of it gives the same dataclass back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def load_yaml(schema: type[Config], text: str) -> Config:
+    """A configuration that `dump_config` wrote."""
+    problems: list[str] = []
+    config = OmegaConf.structured(schema)
+    for key, value in _leaves(OmegaConf.create(text)):
+        _set(config, key, value, problems)
+    if problems:
+        raise ConfigError(problems)
+    return typing.cast(Config, OmegaConf.to_object(config))
+
+
+def search_path(config_dirs: Sequence[str] = ()) -> list[Path]:
+    """Where presets and groups are looked for, first hit wins."""
+    extra = [*config_dirs, *filter(None, os.environ.get("MOLTRON_CONFIG_PATH", "").split(os.pathsep))]
+    return [*(Path(folder).expanduser().absolute() for folder in extra), CONFIGS]
+
+
+def preset_names(config_dirs: Sequence[str] = ()) -> list[str]:
+    return sorted({file.stem for folder in search_path(config_dirs) for file in folder.glob("*.yaml")})
+
+
+def schema_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every key that can be set, dotted, with its field."""
+    for field in dataclasses.fields(schema):
+        nested = typing.get_type_hints(schema)[field.name]
+        if dataclasses.is_dataclass(nested):
+            yield from schema_fields(typing.cast(type, nested), f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field
+
+
+def _split(schema: type, overrides: Sequence[str], folders: list[Path], problems: list[str]):
+    """Sort the command line into literal values of path keys, choices of config groups, and parsed values."""
+    fields = dict(schema_fields(schema))
+    literals: list[tuple[str, Any]] = []
+    choices: list[str] = []
+    values: list[tuple[str, Any]] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.lstrip("+")
+        if not equals:
+            problems.append(f"{override!r} is not of the form key=value")
+        elif key in fields and fields[key].metadata.get("path"):
+            optional = fields[key].default is None
+            literals.append((key, None if optional and text in ("null", "") else os.path.expanduser(text)))
+        elif any((folder / key).is_dir() for folder in folders) and "." not in key:
+            choices.append(f"{key}={text}")
+        else:
+            try:
+                parsed = OverridesParser.create().parse_override(f"{key}={text}")
+                values.append((key, parsed.value()))
+            except HydraException as error:
+                problems.append(f"{override}: {str(error).splitlines()[0]}")
+    return literals, choices, values
+
+
+def _compose(config_name: str | None, choices: list[str], folders: list[Path], problems: list[str]) -> DictConfig:
+    empty = OmegaConf.create({})
+    if config_name is not None:
+        config_name = config_name.removesuffix(".yaml")
+        home = next((folder for folder in folders if (folder / f"{config_name}.yaml").is_file()), None)
+        if home is None:
+            near = difflib.get_close_matches(config_name, preset_names([str(f) for f in folders]), n=3, cutoff=0.4)
+            names = ", ".join(near or preset_names([str(f) for f in folders]))
+            where = ", ".join(str(folder) for folder in folders)
+            problems.append(f"--config-name {config_name}: no such preset in {where}; there are: {names}")
+            return empty
+    else:
+        home = CONFIGS
+    path = "[" + ",".join(f'"file://{folder}"' for folder in folders if folder != home) + "]"
+    chosen = choices if config_name else [f"+{choice}" for choice in choices]
+    try:
+        with initialize_config_dir(str(home), version_base="1.3"):
+            composed = compose(config_name, overrides=[f"hydra.searchpath={path}", *chosen])
+    except (HydraException, OmegaConfBaseException) as error:
+        problems.append(" ".join(str(error).split()))
+        return empty
+    return composed
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, plain value) of everything in a composed configuration; interpolations resolved."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    stack: list[tuple[str, Any]] = [(prefix + str(key), value) for key, value in plain.items()]
+    while stack:
+        key, value = stack.pop(0)
+        if isinstance(value, dict) and value:
+            stack = [(f"{key}.{name}", inner) for name, inner in value.items()] + stack
+        else:
+            yield key, value
+
+
+def _set(config: DictConfig, key: str, value: Any, problems: list[str]) -> None:
+    """Set one leaf on the typed schema, or say why it cannot be."""
+    try:
+        parent: Any = config
+        for part in key.split(".")[:-1]:
+            parent = parent[part]
+        open_section = OmegaConf.get_type(parent) is dict
+        OmegaConf.update(config, key, value, force_add=open_section)
+    except (OmegaConfBaseException, TypeError, AttributeError) as error:
+        schema = OmegaConf.get_type(config)
+        known = [name for name, _ in schema_fields(typing.cast(type, schema))]
+        if key in known:
+            problems.append(f"{key}={value}: {str(error).splitlines()[0]}")
+        else:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists all keys"
+            problems.append(f"{key} is no key of this command{hint}")
