@@ -141,9 +141,7 @@ class Optimizer:
                     state["step"].fill_(updates)
 
 
-def split(
-    model: nn.Module, plan: ParallelPlan
-) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+def split(model: nn.Module, plan: ParallelPlan) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters: (2-D inside the plan's units, other matrices, biases and norms)."""
     inside = {p for unit in units(model, plan) for p in unit.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]

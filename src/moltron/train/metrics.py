@@ -1,0 +1,207 @@
+"""What a run reports about itself: one JSON line a logged step, TensorBoard, W&B, a picture.
+
+    readings of steps ──Meter──> line ──Sinks──> metrics.jsonl, tensorboard/, wandb/, loss_curve.png
+
+Clocks are honest: tokens are real ones (specials count, filler does not) unless a name says padded; a window's rates
+are over all of its wall clock but evaluation; shares are of the whole wall clock. Knows nothing of models and data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moltron.config.schema import LoggingConfig
+
+# Dense bf16 (fp16 where there is no bf16) peak in FLOP/s, from the makers' data sheets; first match wins.
+PEAK_FLOPS = (
+    ("B300", 2.25e15),
+    ("B200", 2.25e15),
+    ("H100 PCIe", 7.56e14),
+    ("H100 NVL", 8.35e14),
+    ("H100", 9.89e14),
+    ("H200", 9.89e14),
+    ("GH200", 9.89e14),
+    ("A100", 3.12e14),
+    ("L40S", 3.62e14),
+    ("L4", 1.21e14),
+    ("A10", 1.25e14),
+    ("A6000", 1.55e14),
+    ("V100", 1.25e14),
+    ("T4", 6.5e13),
+    ("4090", 1.65e14),
+)
+PARTS = ("data", "eval", "checkpoint")
+
+
+def peak_flops(device_name: str) -> float | None:
+    """A GPU's peak by its name; None where it is unknown (a CPU): no MFU is reported then."""
+    return next((peak for name, peak in PEAK_FLOPS if name in device_name), None)
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # stays a number in JSON
+
+
+class Meter:
+    """Sums over a window of steps and the time that its parts took."""
+
+    def __init__(self, tokens: int = 0):
+        """tokens: real tokens of the run so far."""
+        self.tokens = tokens
+        self.reset()
+
+    def reset(self) -> None:
+        self.began = time.perf_counter()
+        self.window_tokens = self.window_padded = 0
+        self.window_squares = 0.0
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+
+    def add(self, tokens: int, padded: int, squares: float) -> None:
+        """One step over all ranks: real tokens, tokens with filler, Σ len² of the real sequences."""
+        self.tokens += tokens
+        self.window_tokens += tokens
+        self.window_padded += padded
+        self.window_squares += squares
+
+    @property
+    def effective_length(self) -> float:
+        """Σ len² / Σ len: what attention costs a token."""
+        return self.window_squares / max(self.window_tokens, 1)
+
+    def rates(self) -> dict[str, float]:
+        """The window's rates and shares; begins the next window."""
+        wall = max(time.perf_counter() - self.began, 1e-9)
+        seconds = max(wall - self.seconds["eval"], 1e-9)
+        rates = {
+            "tokens_per_second": self.window_tokens / seconds,
+            "padded_tokens_per_second": self.window_padded / seconds,
+            "data_wait": self.seconds["data"] / wall,
+            "share_compute": max(1 - sum(self.seconds.values()) / wall, 0.0),
+            "share_eval": self.seconds["eval"] / wall,
+            "share_checkpoint": self.seconds["checkpoint"] / wall,
+        }
+        self.reset()
+        return rates
+
+
+class MetricsFile:
+    """metrics.jsonl: a line is on disk when `append` returns to the operating system; a torn last line is dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, line: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines."""
+        if not self.path.exists():
+            return []
+        lines = []
+        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(line, dict) and "step" in line:
+                lines.append(line)
+        return lines
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drop a half-written line and all lines after `step`: a resumed run writes them again. Returns what stays."""
+        kept = [line for line in self.read() if line["step"] <= step]
+        if self.path.exists():
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+        return kept
+
+
+class Sinks:
+    """Everywhere a line goes. Made on rank 0 only."""
+
+    def __init__(self, run_dir: Path, logging: LoggingConfig, config: dict[str, Any], step: int):
+        """step: the last one done; lines after it, of a life that was cut off, are dropped."""
+        self.run_dir = run_dir
+        self.file = MetricsFile(run_dir / "metrics.jsonl")
+        self.lines = self.file.rewind(step)
+        self.tensorboard = self.wandb = None
+        if logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        if logging.wandb != "disabled":
+            self.wandb = _start_wandb(run_dir, logging, config)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        self.file.append(line)
+        numbers = {key: value for key, value in line.items() if key != "step" and value is not None}
+        if self.tensorboard is not None:
+            for key, value in numbers.items():
+                self.tensorboard.add_scalar(key, value, line["step"])
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=line["step"])
+
+    def draw(self) -> None:
+        draw_loss_curve(self.lines, self.run_dir / "loss_curve.png")
+
+    def close(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _start_wandb(run_dir: Path, logging: LoggingConfig, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"logging.wandb={logging.wandb} needs the wandb package: pip install wandb, or set logging.wandb=disabled"
+        ) from None
+    marker = run_dir / "wandb_id"
+    if not marker.exists():
+        marker.write_text(wandb.util.generate_id(), encoding="utf-8")
+    return wandb.init(
+        project=logging.wandb_project,
+        mode=logging.wandb,  # type: ignore[arg-type]
+        dir=str(run_dir),
+        id=marker.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        config=config,
+    )
+
+
+def draw_loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
+    """Training and validation loss against the step, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
+    axes.set(xlabel="step", ylabel="loss (nats a target)")
+    if axes.has_data():
+        axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    temporary = path.with_suffix(".tmp")
+    FigureCanvasAgg(figure).print_png(str(temporary))
+    os.replace(temporary, path)
