@@ -72,7 +72,11 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, others = parser.parse_known_args(argv)  # argparse stops collecting key=value at the first option
+    if stray := [other for other in others if other.startswith("-") or "=" not in other]:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    arguments.overrides += others
     command = COMMANDS[arguments.command]
     try:
         config = compose.load_config(
@@ -118,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--config-dir",
                 action="append",
                 metavar="DIR",
-                help="a folder of own presets; also $MOLTRON_CONFIG_PATH",
+                help="folder of own presets; also $MOLTRON_CONFIG_PATH",
             )
     return parser
 

@@ -2,7 +2,7 @@
 
     schema < preset (--config-name; folders: --config-dir, $MOLTRON_CONFIG_PATH, the package) < key=value
 
-Hydra composes the preset and its groups (`model=esm2_35M`); each leaf is then set on the typed schema by itself, so that
+Hydra composes the preset and its groups (`model=esm2_35M`); each leaf is then set on the typed schema alone, so that
 all problems are found, not the first. Values of path keys never meet Hydra's grammar: they are literal.
 """
 
