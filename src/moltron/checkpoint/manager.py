@@ -1,0 +1,333 @@
+"""Training checkpoints: sharded, asynchronous, atomic, hash-checked. Knows nothing of models or optimizers.
+
+    save ──stage (copy to the host)──> returns ┊ in the background: shards ──> manifest.json ──rename──> step-00000500
+    find_latest ──verify every hash──> newest good folder ──restore──> tensors in place, on any number of ranks
+
+A checkpoint is a folder of safetensors shards and a manifest with everything that is no tensor. It is written under a
+hidden name, flushed, and renamed last, so a folder named step-* is complete; nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moltron.checkpoint.shards import Chunk, hash_file, local_chunk, read_shards, write_shard
+
+MANIFEST = "manifest.json"
+FORMAT = "moltron-checkpoint-1"
+NAME = re.compile(r"step-\d{8,}")
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be written, or is not what it says."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """step: finished optimizer steps. metric: lower is better. meta: what the caller gave to `save`.
+
+    tensors: name → [dtype, shape]; files: name → {"size", "sha256"}.
+    """
+
+    step: int
+    metric: float | None
+    meta: dict[str, Any]
+    tensors: dict[str, list]
+    files: dict[str, dict]
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of one checkpoint folder. Raises CheckpointError where it is missing or damaged."""
+    file = Path(path) / MANIFEST
+    try:
+        content = json.loads(file.read_bytes())
+        checksum = content.pop("sha256")
+        if content.pop("format") != FORMAT or checksum != _checksum(content):
+            raise ValueError("its own checksum does not match")
+        return Manifest(**content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: no readable checkpoint manifest ({error})") from error
+
+
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """All finished checkpoints of a folder, oldest first; unverified."""
+    found = [p for p in Path(folder).glob("step-*") if NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def problem_of(path: Path, rank: int = 0, world: int = 1) -> str | None:
+    """Why a checkpoint cannot be used, naming the file; None if all is well. A rank hashes its share of the files."""
+    try:
+        files = read_manifest(path).files
+    except CheckpointError as error:
+        return str(error)
+    for name in sorted(files)[rank::world]:
+        file, expected = path / name, files[name]
+        try:
+            size = file.stat().st_size
+            if size != expected["size"]:
+                return f"{file}: {size} bytes instead of {expected['size']}"
+            if hash_file(file) != expected["sha256"]:
+                return f"{file}: the content does not match its sha256 in {MANIFEST}"
+        except OSError as error:
+            return f"{file}: {error.strerror}"
+    return None
+
+
+def find_good(folder: str | Path, best: bool = False) -> Path | None:
+    """The newest checkpoint that verifies, or the best by metric (newest where none has a metric); one process."""
+    paths = list_checkpoints(folder)[::-1]
+    if best:
+        paths.sort(key=_metric_of)  # stable: newest first among equals
+    for path in paths:
+        problem = problem_of(path)
+        if problem is None:
+            return path
+        log.warning("Checkpoint refused: %s. Trying another one.", problem)
+    return None
+
+
+def _metric_of(path: Path) -> float:
+    """Infinite where there is no metric or the manifest is damaged, so that these sort last."""
+    try:
+        metric = read_manifest(path).metric
+    except CheckpointError:
+        return math.inf
+    return math.inf if metric is None or math.isnan(metric) else metric
+
+
+def load_tensors(path: str | Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> Manifest:
+    """Fill `tensors` in place from a checkpoint of any number of ranks; values are cast to the tensors' dtype.
+
+    For each first part of a name (`model`, `optim`) that `tensors` has, the names must be the checkpoint's exactly, so
+    that nothing is left out by accident. Raises CheckpointError listing names and shapes that differ.
+    """
+    manifest = read_manifest(path)
+    groups = {name.split(".")[0] for name in tensors}
+    stored = {name: entry for name, entry in manifest.tensors.items() if name.split(".")[0] in groups}
+    problems = [f"{name} is not in the checkpoint" for name in tensors if name not in stored]
+    problems += [f"{name} is in the checkpoint only" for name in stored if name not in tensors]
+    problems += [
+        f"{name} has shape {stored[name][1]} in the checkpoint, {list(tensor.shape)} here"
+        for name, tensor in tensors.items()
+        if name in stored and stored[name][1] != list(tensor.shape)
+    ]
+    if problems:
+        more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"{path} does not fit: {'; '.join(problems[:8])}{more}")
+    read_shards(Path(path), tensors, group)
+    return manifest
+
+
+class CheckpointManager:
+    """Writes and finds the checkpoints of one run. All ranks make one and make the same calls in the same order.
+
+    folder: shared by all ranks. keep_last: newest ones that stay (at least 1). keep_best: how many more stay by the
+    lowest metric. Files travel through a gloo group of the manager's own, so that the background thread never shares
+    one with the training.
+    """
+
+    def __init__(self, folder: str | Path, keep_last: int = 2, keep_best: int = 1):
+        if keep_last < 1 or keep_best < 0:
+            raise ValueError(f"checkpoint.keep_last={keep_last} must be ≥ 1 and checkpoint.keep_best={keep_best} ≥ 0")
+        self.folder, self.keep_last, self.keep_best = Path(folder), keep_last, keep_best
+        self.rank, self.world, self.group = 0, 1, None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            self.group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        self._staging: dict[str, Tensor] = {}  # host copies, kept from one save to the next
+        self._refused: set[Path] = set()  # damaged ones found by this run: not counted when pruning
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], metric: float | None = None) -> None:
+        """Copy the state to the host and write it in the background.
+
+        tensors: DTensors, or plain tensors that are the same on all ranks. meta: plain values for JSON, rank 0's is
+        kept. Waits for the save before; raises CheckpointError if that one failed. The caller may change the tensors
+        as soon as this returns.
+        """
+        self.wait()
+        try:
+            meta = json.loads(json.dumps(meta))
+        except TypeError as error:
+            raise ValueError(f"the meta of a checkpoint holds plain values only: {error}") from error
+        content = {
+            "step": step,
+            "metric": None if metric is None or math.isnan(metric) else float(metric),
+            "meta": meta,
+            "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()},
+        }
+        self._pending = self._thread.submit(self._write, step, self._stage(tensors), content)
+
+    def wait(self) -> None:
+        """Until the last save is on disk. Raises CheckpointError, on all ranks, if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def find_latest(self) -> Path | None:
+        """The newest checkpoint whose hashes all match, the same on every rank; a damaged one is named in a warning."""
+        self.wait()
+        if self.rank == 0:
+            self._tidy()
+        paths = self._gather(list_checkpoints(self.folder))[0]
+        for path in reversed(paths):
+            problems = [p for p in self._gather(problem_of(path, self.rank, self.world)) if p]
+            if not problems:
+                return path
+            self._refused.add(path)
+            if self.rank == 0:
+                log.warning("Checkpoint refused: %s. Trying the previous one.", "; ".join(dict.fromkeys(problems)))
+        return None
+
+    def restore(self, path: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Fill `tensors` in place, see `load_tensors`; returns the meta."""
+        self.wait()
+        return load_tensors(path, tensors, self.group).meta
+
+    # ------------------------------------------------------------------------------------------------ on all ranks
+
+    def _gather(self, value: Any) -> list:
+        """The values of all ranks."""
+        if self.group is None:
+            return [value]
+        values: list = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
+        staged, on_cuda = {}, False
+        for index, name in enumerate(sorted(tensors)):
+            chunk = local_chunk(tensors[name], owner=index % self.world, rank=self.rank)
+            if chunk is None:
+                continue
+            piece, offset = chunk
+            buffer = self._staging.get(name)
+            if buffer is None or buffer.shape != piece.shape or buffer.dtype != piece.dtype:
+                buffer = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
+                self._staging[name] = buffer
+            buffer.copy_(piece, non_blocking=True)
+            staged[name] = (buffer, offset)
+            on_cuda |= piece.is_cuda
+        self._staging = {name: piece for name, (piece, _) in staged.items()}
+        if on_cuda:
+            torch.cuda.current_stream().synchronize()
+        return staged
+
+    # ----------------------------------------------------------------------------------- in the background thread
+
+    def _write(self, step: int, staged: dict[str, Chunk], content: dict) -> None:
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".{final.name}.partial"
+
+        def prepare() -> None:
+            if self.rank == 0:
+                self._tidy()
+                partial.mkdir(parents=True)
+
+        def shard() -> dict:
+            name = f"shard-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
+            return {name: write_shard(partial / name, staged)} if staged else {}
+
+        def publish() -> None:
+            if self.rank == 0:
+                content["files"] = {name: entry for part in files for name, entry in part.items()}
+                self._publish(partial, final, content)
+
+        self._together(step, prepare, partial)
+        files = self._together(step, shard, partial)
+        self._together(step, publish, partial)
+
+    def _together(self, step: int, action: Any, partial: Path) -> list:
+        """Run `action` on each rank; if it fails on one, all of them raise, and nothing half-written stays."""
+        result, failure = None, None
+        try:
+            result = action()
+        except OSError as error:
+            hint = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+            failure = f"{error.strerror or error} ({error.filename or partial}){hint}"
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        outcomes = self._gather((result, failure))
+        failures = [failure for _, failure in outcomes if failure]
+        if failures:
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: "
+                f"{'; '.join(dict.fromkeys(failures))}. Earlier checkpoints are untouched."
+            )
+        return [result for result, _ in outcomes]
+
+    def _publish(self, partial: Path, final: Path, content: dict) -> None:
+        manifest = {"format": FORMAT, **content, "sha256": _checksum(content)}
+        with open(partial / MANIFEST, "w") as file:
+            json.dump(manifest, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _flush_folder(partial)
+        replaced = self.folder / f".{final.name}.replaced"
+        if (
+            final.exists()
+        ):  # the same step once more: the old one steps aside, `_tidy` brings it back after a crash here
+            os.rename(final, replaced)
+        os.rename(partial, final)
+        _flush_folder(self.folder)
+        self._refused.discard(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._prune(content["step"])
+
+    def _prune(self, step: int) -> None:
+        """Delete what neither keep_last nor keep_best holds. Those after `step` are an abandoned future: not touched."""
+        paths = [p for p in list_checkpoints(self.folder) if int(p.name[5:]) <= step and p not in self._refused]
+        ranked = [p for p in sorted(reversed(paths), key=_metric_of) if _metric_of(p) < math.inf]
+        keep = {*paths[-self.keep_last :], *ranked[: self.keep_best]}
+        for path in paths:
+            if path not in keep:
+                doomed = self.folder / f".{path.name}.partial"  # so that a half-deleted one never looks finished
+                with contextlib.suppress(OSError):
+                    os.rename(path, doomed)
+                    shutil.rmtree(doomed)
+
+    def _tidy(self) -> None:
+        """Remove what an interrupted save left behind; rank 0, no save in flight."""
+        for path in self.folder.glob(".step-*.replaced"):
+            final = self.folder / path.name.removeprefix(".").removesuffix(".replaced")
+            if final.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.rename(path, final)
+        for path in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
