@@ -1,0 +1,110 @@
+"""The linters bite: every contract of the house is broken once, on a copy, and must be reported."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+ROOMS = [
+    "cli",
+    "train",
+    "infer",
+    "data",
+    "checkpoint",
+    "objectives",
+    "parallel",
+    "models",
+    "layers",
+    "tokenizers",
+    "config",
+    "common",
+]
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(folder / "src")}
+    command = [BIN / "lint-imports", "--config", folder / "pyproject.toml", "--no-cache"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A copy of the rooms, empty but for their package files, so that only the planted line can break a contract."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for room in ROOMS:
+        package = tmp_path / "src/moltron" / room
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    (tmp_path / "src/moltron/__init__.py").touch()
+    return tmp_path
+
+
+def test_a_house_in_order_is_clean(house: Path):
+    result = lint_imports(house)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 kept, 0 broken" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("data", "import moltron.train"),
+        ("common", "import moltron.models"),
+        ("models", "from moltron import parallel"),
+        ("data", "import moltron.checkpoint"),
+        ("objectives", "import moltron.parallel"),
+        ("layers", "from moltron import tokenizers"),
+        ("train", "import hydra"),
+        ("cli", "from omegaconf import OmegaConf"),
+        ("models", "import transformers"),
+        ("checkpoint", "from esm import pretrained"),
+        ("attic", "import moltron.common"),  # a room without a floor
+    ],
+)
+def test_a_broken_contract_is_reported(house: Path, room: str, line: str):
+    package = house / "src/moltron" / room
+    package.mkdir(exist_ok=True)
+    (package / "__init__.py").write_text(line + "\n")
+    result = lint_imports(house)
+    assert result.returncode == 1 and "1 broken" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "allowed"),
+    [("src/moltron/train/loop.py", False), ("src/moltron/models/x.py", False), ("src/moltron/parallel/mesh.py", True)],
+)
+def test_collectives_are_banned_outside_their_rooms(file: str, allowed: bool):
+    code = "import torch.distributed as dist\n\ndist.barrier()\n"
+    command = [BIN / "ruff", "check", "--no-cache", "--stdin-filename", ROOT / file, "-"]
+    result = subprocess.run(command, cwd=ROOT, input=code, capture_output=True, text=True)
+    assert ("TID251" not in result.stdout) == allowed, result.stdout + result.stderr
+
+
+def test_every_room_has_a_floor_and_is_kept_from_hydra():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    floors, hydra, _ = config["contracts"]
+    rooms = {path.parent.name for path in (ROOT / "src/moltron").glob("*/__init__.py")}
+    placed = {room.strip() for layer in floors["layers"] for room in layer.split("|")}
+    assert rooms == placed
+    assert {source.removeprefix("moltron.") for source in hydra["source_modules"]} == rooms - {"config"}
+
+
+def test_no_pickle_is_ever_loaded():
+    """The one kind of bug that a linter for style does not know: code hidden in weights."""
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        text = path.read_text()
+        assert "pickle.load" not in text, f"{path}: pickle.load"
+        for call in text.split("torch.load(")[1:]:
+            assert "weights_only=True" in call.split("\n\n")[0], f"{path}: torch.load without weights_only=True"
+
+
+def test_files_and_code_keep_their_size():
+    lengths = {path: path.read_text().count("\n") for path in (ROOT / "src").rglob("*.py")}
+    assert max(lengths.values()) <= 500, max(lengths, key=lengths.get)
+    assert sum(lengths.values()) <= 8000
