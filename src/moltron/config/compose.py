@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -46,35 +48,43 @@ def load_config(
     folders = search_path(config_dirs)
     literals, choices, values = _split(schema, overrides, folders, problems)
     preset = _compose(config_name, choices, folders, problems) if config_name or choices else OmegaConf.create({})
+    plain = OmegaConf.to_container(preset, resolve=True)
+    return _build(schema, [*_leaves(plain), *values], literals, problems)
+
+
+def dump_config(config: Any) -> str:
+    """The configuration as YAML; `load_yaml` of it gives the same dataclass back."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def load_yaml(schema: type[Config], text: str) -> Config:
+    """A configuration that `dump_config` wrote."""
+    leaves = list(_leaves(yaml.safe_load(text)))
+    paths = _path_keys(schema)
+    return _build(schema, [x for x in leaves if x[0] not in paths], [x for x in leaves if x[0] in paths], [])
+
+
+def _build(schema: type[Config], values: Any, literals: Any, problems: list[str]) -> Config:
+    """The dataclass with `values` checked one by one against its types, and `literals` as they are."""
     config = OmegaConf.structured(schema)
-    for key, value in _leaves(preset):
+    for key, value in values:
         _set(config, key, value, problems)
-    for key, value in [*values, *literals]:
-        _set(config, key, value, problems)
+    for key, _ in literals:
+        OmegaConf.update(config, key, "given")
     for key in sorted(OmegaConf.missing_keys(config)):
         if not any(problem.startswith(f"{key}=") for problem in problems):
             problems.append(f"{key} is missing: give {key}=…")
     if problems:
         raise ConfigError(problems)
     result = OmegaConf.to_object(config)
-    assert isinstance(result, schema)
-    return result
-
-
-def dump_config(config: Any) -> str:
-    """The configuration as YAML; `load_yaml` of it gives the same dataclass back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def load_yaml(schema: type[Config], text: str) -> Config:
-    """A configuration that `dump_config` wrote."""
-    problems: list[str] = []
-    config = OmegaConf.structured(schema)
-    for key, value in _leaves(OmegaConf.create(text)):
-        _set(config, key, value, problems)
-    if problems:
-        raise ConfigError(problems)
-    return typing.cast(Config, OmegaConf.to_object(config))
+    for key, value in literals:
+        *parents, name = key.split(".")
+        owner = result
+        for parent in parents:
+            owner = getattr(owner, parent)
+        setattr(owner, name, value)
+    return typing.cast(Config, result)
 
 
 def search_path(config_dirs: Sequence[str] = ()) -> list[Path]:
@@ -146,17 +156,17 @@ def _compose(config_name: str | None, choices: list[str], folders: list[Path], p
     return composed
 
 
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, plain value) of everything in a composed configuration; interpolations resolved."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    stack: list[tuple[str, Any]] = [(prefix + str(key), value) for key, value in plain.items()]
-    while stack:
-        key, value = stack.pop(0)
+def _leaves(plain: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested dictionaries."""
+    for key, value in plain.items():
         if isinstance(value, dict) and value:
-            stack = [(f"{key}.{name}", inner) for name, inner in value.items()] + stack
+            yield from ((f"{key}.{name}", inner) for name, inner in _leaves(value))
         else:
-            yield key, value
+            yield str(key), value
+
+
+def _path_keys(schema: type) -> set[str]:
+    return {key for key, field in schema_fields(schema) if field.metadata.get("path")}
 
 
 def _set(config: DictConfig, key: str, value: Any, problems: list[str]) -> None:

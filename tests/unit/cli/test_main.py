@@ -1,0 +1,63 @@
+"""The command line: help with an example and every key, exit codes, argument order."""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from moltron.cli import main as cli
+from moltron.config import compose
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_shows_an_example_and_every_key(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and f"moltron {name} " in shown
+    for key, _ in compose.schema_fields(cli.COMMANDS[name].schema):
+        assert f"  {key} (" in shown
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_example_is_a_valid_configuration(name):
+    words = shlex.split(cli.COMMANDS[name].example)
+    assert words[:2] == ["moltron", name]
+    arguments, others = cli._parser().parse_known_args(words[1:])
+    compose.load_config(
+        cli.COMMANDS[name].schema, [*arguments.overrides, *others], getattr(arguments, "config_name", None)
+    )
+
+
+def test_values_may_stand_after_options(monkeypatch):
+    seen = []
+    monkeypatch.setitem(
+        cli.COMMANDS, "train", dataclasses.replace(cli.COMMANDS["train"], run=lambda c: seen.append(c) or 0)
+    )
+    assert cli.main(["train", "data.path=a", "--config-name", "pretrain_esm2_8M", "run_dir=b", "train.seed=5"]) == 0
+    assert (seen[0].data.path, seen[0].run_dir, seen[0].train.seed) == ("a", "b", 5)
+
+
+def test_wrong_configuration_is_exit_code_2(capsys):
+    assert cli.main(["embed", "model=a", "ouput=b"]) == 2
+    shown = capsys.readouterr().err
+    assert "did you mean output" in shown and "input is missing" in shown
+
+
+def test_a_users_fault_is_one_line_and_exit_code_1(tmp_path, capsys):
+    assert cli.main(["prepare", f"input={tmp_path}/none.fasta", f"output={tmp_path}/o"]) == 1
+    assert "none.fasta" in capsys.readouterr().err
+
+
+def test_python_dash_m_is_the_same_program_and_help_is_light():
+    code = "\n".join([
+        "import sys", "from moltron.cli.main import main",
+        "try: main(['--help'])", "except SystemExit: pass", "assert 'torch' not in sys.modules",
+    ])  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "moltron", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(name in shown for name in cli.COMMANDS)
