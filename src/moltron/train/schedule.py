@@ -63,7 +63,7 @@ def linear(s: int, lr: float, warmup: int, end: int, low: float) -> float:
 
 
 def warmup_anneal_hold(s: int, lr: float, warmup: int, end: int, low: float) -> float:
-    """WarmupAnnealDecayHold of v1.11's ESM-2: `low` to `lr`, a line that aims at 0 at `end`, held once it is at `low`."""
+    """WarmupAnnealDecayHold of v1.11's ESM-2: `low` to `lr`, a line that aims at 0 at `end`, held at `low`."""
     if s < warmup:
         return low + (lr - low) * s / warmup
     return max(lr * (1 - (s - warmup) / (end - warmup)), low) if end > warmup else lr

@@ -88,7 +88,7 @@ def test_every_schedule_is_positive_and_peaks_after_warm_up(name, warmup_steps):
         pytest.skip("noam is defined by its warm-up")
     config, rate = build(name, 1e-3, max_steps=40, warmup_steps=warmup_steps, min_lr=1e-6)
     rates = [rate(s) for s in range(1, 60)]
-    assert all(0 < r for r in rates)
+    assert all(r > 0 for r in rates)
     assert max(rates) <= peak(config, rate) * (1 + 1e-12)
 
 

@@ -1,0 +1,386 @@
+"""`moltron train`: the loop around the step, until max_steps, an early stop or a signal.
+
+    build_run ──> for each step: data ──TrainStep──> (a step late) Reading ──> metrics.jsonl, progress
+                                      every so often: evaluate, checkpoint; nothing is saved before its step is checked
+
+SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C finish the step, save and return exit code 75: run the same command again
+to go on; a second signal ends the process at once. Knows nothing of model families and file formats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import resource
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moltron.checkpoint.manager import CheckpointError
+from moltron.common.logging import Progress, get_logger, setup_logging
+from moltron.common.manifest import write_json
+from moltron.config.schema import TrainConfig
+from moltron.data.loader import BatchLoader
+from moltron.data.plan import BatchPlan
+from moltron.objectives import get_objective
+from moltron.parallel import collectives
+from moltron.train.evaluate import Evaluator
+from moltron.train.metrics import Meter, Sinks, peak_flops, perplexity
+from moltron.train.setup import Run, build_run
+from moltron.train.step import LossScaler, NonFiniteError, Pending, Reading, TrainStep
+
+FINISHED, INTERRUPTED = 0, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again later
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+log = get_logger(__name__)
+
+
+@dataclass
+class TrainResult:
+    """reason: finished | early_stop | interrupted. val_loss: of the last evaluation; best_val_loss: of all."""
+
+    run_dir: Path
+    step: int
+    tokens: int
+    reason: str
+    train_loss: float | None
+    val_loss: float | None
+    best_val_loss: float | None
+
+    @property
+    def exit_code(self) -> int:
+        return INTERRUPTED if self.reason == "interrupted" else FINISHED
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train as configured, or go on where the run in `config.run_dir` was stopped.
+
+    Raises ConfigError with all problems of the configuration, NonFiniteError (train.nonfinite=stop), ValueError where
+    data, checkpoints or memory do not fit.
+    """
+    device = collectives.init(config.train.device)
+    setup_logging(collectives.rank())
+    try:
+        with StopSignal() as stop:
+            trainer = Trainer(build_run(config, device), stop)
+            try:
+                return trainer.run()
+            finally:
+                trainer.close()
+    except torch.cuda.OutOfMemoryError as error:
+        b = config.batch
+        raise ValueError(
+            f"out of memory on {torch.cuda.get_device_name(device)}: lower batch.tokens={b.tokens} and raise "
+            f"batch.packs={b.packs} in proportion (the step stays the same), or use more GPUs, or set "
+            f"parallel.reshard_after_forward=true ({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        collectives.shutdown()
+
+
+class StopSignal:
+    """Notes that a signal asked for an end; the second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        try:
+            for number in SIGNALS:
+                self.before[number] = signal.signal(number, self._note)
+        except ValueError:
+            log.info("Not in the main thread: signals are not handled")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = True
+        log.warning("%s: finishing this step, then saving; once more ends at once", signal.Signals(number).name)
+
+
+class Trainer:
+    """One life of a run."""
+
+    def __init__(self, run: Run, stop: StopSignal):
+        self.run_, self.stop, self.config = run, stop, run.config
+        config, meta = run.config, run.meta or {}
+        self.step_done: int = meta.get("step", 0)
+        self.position: dict[str, Any] | None = meta.get("position")
+        self.best: list[float] = meta.get("best", [])  # the lowest validation losses, as many as are kept
+        self.evals_since_best: int = meta.get("evals_since_best", 0)
+        self.skipped: int = meta.get("skipped", 0)
+        self.val_loss: float | None = meta.get("val_loss")
+        self.saved_step = self.step_done if run.meta else None
+        self.reading: Reading | None = None
+        self.meter = Meter(meta.get("tokens", 0))
+        self.scaler = LossScaler(**meta.get("scaler", {})) if run.precision == "fp16" else None
+        objective = get_objective(config.objective, run.tokenizer, config.train.seed)
+        self.train_step = TrainStep(
+            run.model,
+            objective.loss,
+            run.optimizer,
+            run.device,
+            clip=config.optim.clip,
+            scaler=self.scaler,
+            skip_nonfinite=config.train.nonfinite == "skip",
+            sync_each=config.parallel.reshard_after_forward,
+        )
+        sizes = dict(tokens=config.batch.tokens, max_length=config.data.max_length)
+        plan = BatchPlan(
+            run.train_store,
+            **sizes,
+            num_specials=run.tokenizer.num_specials,
+            window=config.data.window,
+            seed=config.train.seed,
+            clusters=config.data.clusters,
+        )
+        self.loader = BatchLoader(
+            plan,
+            run.train_store,
+            run.tokenizer,
+            objective,
+            packs=config.batch.packs,
+            rank=collectives.rank(),
+            world=collectives.world_size(),
+            position=self.position,
+            pin=run.device.type == "cuda",
+        )
+        self.evaluator = None
+        if run.val_store is not None:
+            self.evaluator = Evaluator(
+                run.val_store,
+                run.tokenizer,
+                config.objective,
+                run.device,
+                **sizes,
+                packs=config.train.eval_packs,
+            )
+        self.sinks = None
+        if collectives.rank() == 0:
+            self.sinks = Sinks(run.folder, config.logging, dataclasses.asdict(config), self.step_done)
+        is_cuda = run.device.type == "cuda"
+        self.peak = peak_flops(torch.cuda.get_device_name(run.device)) if is_cuda else None
+
+    def close(self) -> None:
+        """Also after an error: what is being written is finished."""
+        try:
+            self.run_.manager.wait()
+        except CheckpointError as error:
+            log.error("%s", error)
+        if self.sinks is not None:
+            self.sinks.close()
+
+    def run(self) -> TrainResult:
+        last = self.config.train.max_steps
+        if self.step_done >= last:
+            log.info("Step %d of train.max_steps=%d is done: nothing left to do", self.step_done, last)
+            return self._result("finished")
+        self._announce()
+        with Progress("train", last, self.step_done, enabled=self.sinks is not None) as progress:
+            reason = self._steps(last, progress)
+        with self.meter.part("checkpoint"):
+            self.run_.manager.wait()
+        if self.sinks is not None:
+            self.sinks.draw()
+        log.info("%s at step %d of %d; the run is in %s", reason, self.step_done, last, self.run_.folder)
+        return self._result(reason)
+
+    def _steps(self, last: int, progress: Progress) -> str:
+        pending: Pending | None = None
+        reason = "finished"
+        steps = iter(self.loader)
+        self.meter.reset()
+        while self.step_done < last and reason == "finished":
+            with self.meter.part("data"):
+                data = next(steps)
+            step = self.step_done + 1
+            current = self.train_step(step, data.batches, data.count, self.run_.rate(step), self.stop.received)
+            stop = self._finish(pending, progress)  # of the step before: this one's numbers are still on their way
+            pending, self.step_done, self.position = current, step, data.position
+            if self._due(step, last):
+                stop |= self._finish(pending, progress, defer_line=True)
+                pending, reason = None, self._evaluate_and_save(step, last)
+                progress.update(step, self._text())
+            stop |= collectives.world_size() == 1 and self.stop.received
+            if stop and reason == "finished" and step < last:
+                reason = "interrupted"
+        self._finish(pending, progress)
+        if self.saved_step != self.step_done:
+            self._save(None)
+        steps.close()  # type: ignore[attr-defined]
+        return reason
+
+    def _due(self, step: int, last: int) -> bool:
+        config = self.config
+        return step == last or step % config.train.eval_every == 0 or step % config.checkpoint.every == 0
+
+    def _finish(self, pending: Pending | None, progress: Progress, defer_line: bool = False) -> bool:
+        """Read a step's numbers: check, count, write its line. Returns whether a rank was asked to stop."""
+        if pending is None:
+            return False
+        reading = self.reading = pending.read()
+        if reading.skipped:
+            self.skipped += 1
+        if not reading.finite and self.config.train.nonfinite == "stop" and not reading.skipped:
+            raise NonFiniteError(self._report(reading))
+        if not reading.finite and (self.scaler is None or not math.isfinite(reading.loss)):
+            log.warning("Step %d skipped: loss %g, gradient norm %g", reading.step, reading.loss, reading.grad_norm)
+        self.meter.add(reading.tokens, reading.padded, reading.squares)
+        if not defer_line:
+            if reading.step % self.config.train.log_every == 0:
+                self._write(reading, None)
+            progress.update(reading.step, self._text())
+        return reading.stop
+
+    def _evaluate_and_save(self, step: int, last: int) -> str:
+        """What is due after `step`, whose reading is in; returns the reason to stop, or "finished" to go on.
+
+        The line is written before the checkpoint: a resume drops lines after its step, but could not add a lost one.
+        """
+        config, reading = self.config, self.reading
+        assert reading is not None
+        val_loss, is_kept, reason = None, False, "finished"
+        if self.evaluator is not None and (step == last or step % config.train.eval_every == 0):
+            with self.meter.part("eval"):
+                val_loss = self.val_loss = self.evaluator.loss(self.run_.model)
+            if not math.isfinite(val_loss):
+                raise NonFiniteError(f"step {step}: the validation loss is {val_loss}: {self._advice()}")
+            self.evals_since_best = 0 if val_loss < min(self.best, default=math.inf) else self.evals_since_best + 1
+            self.best = sorted([*self.best, val_loss])[: max(config.checkpoint.keep_best, 1)]
+            is_kept = val_loss in self.best and config.checkpoint.keep_best > 0
+            if config.train.early_stop is not None and self.evals_since_best >= config.train.early_stop:
+                reason = "early_stop"
+        if val_loss is not None or step % config.train.log_every == 0 or step == last:
+            self._write(reading, val_loss)
+        if step == last or step % config.checkpoint.every == 0 or is_kept or reason != "finished":
+            self._save(val_loss)
+        if val_loss is not None and self.sinks is not None:
+            self.sinks.draw()
+        return reason
+
+    def _save(self, val_loss: float | None) -> None:
+        with self.meter.part("checkpoint"):
+            tensors = self.run_.tensors()
+            weights = [p.detach() for p in self.run_.optimizer.parameters]
+            norm = torch.nn.utils.get_total_norm(weights)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
+            if not math.isfinite(norm.item()):
+                raise NonFiniteError(f"step {self.step_done}: weights are not finite: {self._advice()}")
+            meta = {
+                "model": {"family": self.run_.spec.name, "config": dataclasses.asdict(self.run_.architecture)},
+                "step": self.step_done,
+                "position": self.position,
+                "tokens": self.meter.tokens,
+                "updates": self.run_.optimizer.updates,
+                "skipped": self.skipped,
+                "best": self.best,
+                "evals_since_best": self.evals_since_best,
+                "val_loss": self.val_loss,
+            }
+            if self.scaler is not None:
+                meta["scaler"] = {"scale": self.scaler.scale, "good": self.scaler.good}
+            self.run_.manager.save(self.step_done, tensors, meta, val_loss)
+            self.saved_step = self.step_done
+
+    def _write(self, reading: Reading, val_loss: float | None) -> None:
+        """One metrics line; on all ranks, since the window begins anew."""
+        effective = self.meter.effective_length
+        rates = self.meter.rates()
+        if self.sinks is None:
+            return
+        mfu = None
+        if self.peak is not None:
+            flops = self.run_.model.flops_per_token(effective)  # type: ignore[operator]
+            mfu = rates["tokens_per_second"] * flops / (self.peak * collectives.world_size())
+        line: dict[str, Any] = {
+            "step": reading.step,
+            "train_loss": _number(reading.loss),
+            "val_loss": val_loss,
+            "val_perplexity": None if val_loss is None else perplexity(val_loss),
+            "lr": reading.lr,
+            "grad_norm": _number(reading.grad_norm),
+            "tokens": self.meter.tokens,
+            "skipped": self.skipped,
+            **({"loss_scale": self.scaler.scale} if self.scaler is not None else {}),
+            **rates,
+            "mfu": mfu,
+            "memory": _peak_memory(self.run_.device),
+        }
+        self.sinks.write(line)
+
+    def _text(self) -> str:
+        """What stands beside the bar."""
+        parts = []
+        if self.reading is not None:
+            parts.append(f"loss {self.reading.loss:.3f}")
+        if self.val_loss is not None:
+            parts.append(f"val ppl {perplexity(self.val_loss):.2f}")
+        if self.sinks is not None and self.sinks.lines:
+            parts.append(f"{self.sinks.lines[-1].get('tokens_per_second', 0):,.0f} tok/s")
+        return "  ".join(parts)
+
+    def _announce(self) -> None:
+        run, b, world = self.run_, self.config.batch, collectives.world_size()
+        log.info(
+            "%s on %d × %s in %s: step %d to %d, %d packs of %d tokens a step, %d training and %d validation records",
+            run.spec.name,
+            world,
+            run.device.type,
+            run.precision,
+            self.step_done,
+            self.config.train.max_steps,
+            b.packs,
+            b.tokens,
+            len(run.train_store),
+            len(run.val_store) if run.val_store is not None else 0,
+        )
+
+    def _report(self, reading: Reading) -> str:
+        """Say which records made a step's loss or gradient useless; all of this rank's go to a file."""
+        bad = [i for i, loss in enumerate(reading.packs) if not math.isfinite(loss)]
+        packs = [
+            {"loss": _number(reading.packs[i]), "records": self.run_.train_store.ids(reading.records[i])}
+            for i in (bad or range(len(reading.packs)))
+        ]
+        path = self.run_.folder / f"nonfinite_step{reading.step}_rank{collectives.rank()}.json"
+        write_json(path, {"step": reading.step, "grad_norm": _number(reading.grad_norm), "packs": packs})
+        ids = [name for pack in packs for name in pack["records"]]
+        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        return (
+            f"step {reading.step}: loss {reading.loss}, gradient norm {reading.grad_norm}; "
+            f"the batch's records are {shown} (all in {path}). {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        saved = f"step {self.saved_step} is the last checkpoint" if self.saved_step else "no checkpoint was written yet"
+        return (
+            f"{saved}; run again with train.nonfinite=skip to leave such steps out, or begin a new run with a lower "
+            "optim.lr, a longer warm-up or train.precision=fp32"
+        )
+
+    def _result(self, reason: str) -> TrainResult:
+        loss = self.reading.loss if self.reading is not None else None
+        return TrainResult(self.run_.folder, self.step_done, self.meter.tokens, reason, loss, self.val_loss, self.best)
+
+
+def _number(value: float) -> float | None:
+    """JSON has no nan and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on the GPU, or that the process took on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,383 @@
+"""From a configuration to all that a training loop needs; the run folder's birth certificate; what a resume may change.
+
+    TrainConfig ──validate: all problems at once──> stores, tokenizer, objective ──> plan, loader
+                    model on meta ──parallelize──> checkpoint | init=WHAT | init_weights(seed) ──> optimizer ──> Run
+
+A run folder holds config.yaml, manifest.json (one entry a life of the run), metrics.jsonl, checkpoints/. Knows nothing
+of steps and time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import moltron
+from moltron.checkpoint.manager import CheckpointManager, list_checkpoints
+from moltron.checkpoint.weights import load_pretrained
+from moltron.common.logging import get_logger
+from moltron.common.manifest import read_json, write_json
+from moltron.config.compose import ConfigError, dump_config, load_yaml
+from moltron.config.schema import TrainConfig
+from moltron.data.store import Store
+from moltron.models.registry import architecture_problems, build_model, get_spec, make_config
+from moltron.models.spec import ModelSpec, num_parameters
+from moltron.parallel import collectives
+from moltron.parallel.apply import assign_full, load_full_state, parallelize
+from moltron.parallel.precision import DTYPES, resolve_precision
+from moltron.tokenizers.residues import ResidueTokenizer, get_tokenizer
+from moltron.train import optim, schedule
+
+log = get_logger(__name__)
+
+# What a resumed run may change: how long, how often, where and how fast, but not what is computed. The data may move:
+# its fingerprint is compared instead of its path.
+FREE = (
+    "run_dir",
+    "data.path",
+    "data.cache_dir",
+    "train.max_steps",
+    "train.device",
+    "train.compile",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_packs",
+    "train.early_stop",
+    "train.nonfinite",
+    "checkpoint.",
+    "parallel.",
+    "logging.",
+)
+
+
+@dataclass
+class Run:
+    """Everything of a run that is built once."""
+
+    config: TrainConfig
+    folder: Path
+    device: torch.device
+    precision: str
+    spec: ModelSpec
+    architecture: Any  # the family's config dataclass
+    model: nn.Module
+    tokenizer: ResidueTokenizer
+    train_store: Store
+    val_store: Store | None
+    optimizer: optim.Optimizer
+    rate: schedule.Schedule
+    manager: CheckpointManager
+    meta: dict[str, Any] | None  # of the checkpoint that was restored
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, live: `model.<name>` and `optim.<kind>.<name>`."""
+        weights = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        return weights | self.optimizer.state_tensors()
+
+
+def validate(config: TrainConfig, world: int) -> list[str]:
+    """Everything that is wrong with a configuration, as sentences with the numbers and the fix; [] if nothing is."""
+    problems = _model_problems(config)
+    b, d, t, o, s, c = config.batch, config.data, config.train, config.optim, config.optim.schedule, config.checkpoint
+    positive = {
+        "batch.tokens": b.tokens,
+        "batch.packs": b.packs,
+        "data.max_length": d.max_length,
+        "data.window": d.window,
+        "train.max_steps": t.max_steps,
+        "train.log_every": t.log_every,
+        "train.eval_every": t.eval_every,
+        "train.eval_packs": t.eval_packs,
+        "train.early_stop": t.early_stop,
+        "checkpoint.every": c.every,
+        "checkpoint.keep_last": c.keep_last,
+        "optim.lr": o.lr,
+        "optim.muon_lr": o.muon_lr,
+        "optim.eps": o.eps,
+        "optim.clip": o.clip,
+        "optim.schedule.decay_steps": s.decay_steps,
+    }
+    problems += [
+        f"{key}={value} must be greater than 0"
+        for key, value in positive.items()
+        if value is not None and not value > 0
+    ]
+    at_least_0 = {
+        "optim.weight_decay": o.weight_decay,
+        "optim.schedule.warmup_steps": s.warmup_steps,
+        "optim.schedule.constant_steps": s.constant_steps,
+        "optim.schedule.min_lr": s.min_lr,
+        "checkpoint.keep_best": c.keep_best,
+    }
+    problems += [f"{key}={value} must not be negative" for key, value in at_least_0.items() if not value >= 0]
+    below_1 = {"optim.betas[0]": o.betas[0], "optim.betas[1]": o.betas[1], "optim.muon_momentum": o.muon_momentum}
+    problems += [f"{key}={value} must be in [0, 1)" for key, value in below_1.items() if not 0 <= value < 1]
+    choices = {
+        "optim.name": (o.name, optim.NAMES),
+        "optim.schedule.name": (s.name, schedule.NAMES),
+        "train.precision": (t.precision, ("auto", *DTYPES)),
+        "train.device": (t.device, ("auto", "cpu", "cuda")),
+        "train.nonfinite": (t.nonfinite, ("stop", "skip")),
+        "logging.wandb": (config.logging.wandb, ("disabled", "offline", "online")),
+    }
+    problems += [
+        f"{key}={value} is unknown: choose one of {', '.join(known)}"
+        for key, (value, known) in choices.items()
+        if value not in known
+    ]
+    if b.packs > 0 and b.packs % world:
+        near = max(world, round(b.packs / world) * world)
+        problems.append(f"batch.packs={b.packs} cannot be shared equally by {world} processes: set batch.packs={near}")
+    if 0 < b.tokens < d.max_length:
+        problems.append(
+            f"batch.tokens={b.tokens} < data.max_length={d.max_length}: raise batch.tokens or lower data.max_length"
+        )
+    if s.name == "noam" and s.warmup_steps == 0:
+        problems.append("optim.schedule.name=noam needs optim.schedule.warmup_steps > 0")
+    if not (Path(d.path) / "train.arrow").is_file():
+        problems.append(f"data.path={d.path} has no train.arrow: give a folder that `moltron prepare` wrote")
+    if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
+        problems.append(f"run_dir={config.run_dir} is a file: give a folder, new or of a run to resume")
+    return problems
+
+
+def _model_problems(config: TrainConfig) -> list[str]:
+    family, architecture = _model_section(config)
+    if family is None:
+        return ["model is missing: choose a preset with --config-name, or model=esm2_8M, or init=WHAT"]
+    problems = architecture_problems(family, architecture)
+    if problems:
+        return problems
+    model_config = make_config(family, architecture)
+    known = get_spec(family).objectives
+    if config.objective.name not in known:
+        problems.append(f"objective.name={config.objective.name} does not suit {family}: choose {', '.join(known)}")
+    end = model_config.max_positions if getattr(model_config, "positions_end", True) else None
+    if end is not None and config.data.max_length > end:
+        problems.append(
+            f"data.max_length={config.data.max_length} > model.max_positions={end}: lower data.max_length, or raise "
+            "model.max_positions (new weights only)"
+        )
+    specials = get_tokenizer(model_config.tokenizer).num_specials
+    if config.data.max_length <= specials:
+        problems.append(f"data.max_length={config.data.max_length} leaves no residue beside {specials} special tokens")
+    return problems
+
+
+def _model_section(config: TrainConfig) -> tuple[str | None, dict[str, Any]]:
+    architecture = dict(config.model)
+    return architecture.pop("family", None), architecture
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """The keys that define a run and differ, as `key: old → new`."""
+    before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    keys = [key for key in sorted(before | after) if not key.startswith(FREE)]
+    missing = "(not set)"
+    return [
+        f"{key}: {before.get(key, missing)} → {after.get(key, missing)}"
+        for key in keys
+        if before.get(key, missing) != after.get(key, missing)
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def build_run(config: TrainConfig, device: torch.device) -> Run:
+    """Check, build and fill everything. Raises ConfigError with all problems, ValueError where files do not fit."""
+    folder = Path(config.run_dir)
+    pretrained = None
+    if not config.model and (folder / "config.yaml").is_file():
+        config.model = load_yaml(TrainConfig, (folder / "config.yaml").read_text(encoding="utf-8")).model
+    if not config.model and config.init is not None:
+        pretrained = load_pretrained(config.init)
+        config.model = {"family": pretrained.spec.name, **dataclasses.asdict(pretrained.config)}
+    problems = validate(config, collectives.world_size())
+    if problems:
+        raise ConfigError(problems)
+    _warn(config)
+    stores = _open_stores(config)
+    _check_same_run(config, folder, stores)
+
+    family, architecture = _model_section(config)
+    assert family is not None
+    spec, precision = get_spec(family), resolve_precision(config.train.precision, device)
+    model = parallelize(
+        build_model(family, architecture),
+        spec.plan,
+        device,
+        precision=precision,
+        compile=device.type == "cuda" if config.train.compile is None else config.train.compile,
+        reshard_after_forward=config.parallel.reshard_after_forward,
+    )
+    model_config = make_config(family, architecture)
+    sched = config.optim.schedule
+    rate = schedule.build_schedule(sched, config.optim.lr, config.train.max_steps, model_config.hidden_size)
+    run = Run(
+        config=config,
+        folder=folder,
+        device=device,
+        precision=precision,
+        spec=spec,
+        architecture=model_config,
+        model=model,
+        tokenizer=get_tokenizer(model_config.tokenizer),
+        train_store=stores["train"],
+        val_store=stores.get("val"),
+        optimizer=optim.Optimizer(model, spec.plan, config.optim, schedule.peak(sched, rate)),
+        rate=rate,
+        manager=CheckpointManager(folder / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best),
+        meta=None,
+    )
+    run.meta = _fill(run, pretrained)
+    if collectives.rank() == 0:
+        _certify(run)
+    collectives.barrier()
+    return run
+
+
+def _warn(config: TrainConfig) -> None:
+    s, steps = config.optim.schedule, config.train.max_steps
+    if s.name != "constant" and s.warmup_steps >= steps:
+        log.warning(
+            "The warm-up (optim.schedule.warmup_steps=%d) outlasts the run (train.max_steps=%d): "
+            "the rate never reaches optim.lr.",
+            s.warmup_steps,
+            steps,
+        )
+
+
+def _open_stores(config: TrainConfig) -> dict[str, Store]:
+    """train and, where there is one, val. Rank 0 goes first: it may have to write an index."""
+    stores: dict[str, Store] = {}
+    for is_turn in (collectives.rank() == 0, collectives.rank() != 0):
+        if is_turn:
+            for split in ("train", "val"):
+                file = Path(config.data.path) / f"{split}.arrow"
+                if file.is_file():
+                    stores[split] = Store.open(file, config.data.cache_dir)
+        collectives.barrier()
+    if not len(stores["train"]):
+        raise ValueError(f"{stores['train'].path} has no records: prepare the data again")
+    if "val" in stores and not len(stores["val"]):
+        del stores["val"]
+    return stores
+
+
+def _check_same_run(config: TrainConfig, folder: Path, stores: dict[str, Store]) -> None:
+    """Refuse to go on with another configuration or other data than the run began with."""
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        if list_checkpoints(folder / "checkpoints"):
+            raise ValueError(f"{folder} has checkpoints but no config.yaml: restore it, or choose another run_dir")
+        return
+    found = differences(load_yaml(TrainConfig, saved.read_text(encoding="utf-8")), config)
+    data = read_json(folder / "manifest.json")["data"] if (folder / "manifest.json").is_file() else {}
+    for split, store in stores.items():
+        if data.get(split, store.fingerprint) != store.fingerprint:
+            found.append(f"data.path ({split}.arrow): {data[split][:12]}… → {store.fingerprint[:12]}…")
+    if found:
+        raise ConfigError(
+            [
+                *(f"{difference} is not what the run in {folder} began with" for difference in found),
+                f"to resume, take these back; to start anew choose another run_dir; to go on from its weights in a new "
+                f"run, set init={folder} and another run_dir",
+            ]
+        )
+
+
+def _fill(run: Run, pretrained: Any) -> dict[str, Any] | None:
+    """Give the model its numbers: a checkpoint's, `init`'s, or the seed's. Returns the meta of the first."""
+    latest = run.manager.find_latest()
+    if latest is not None:
+        meta = run.manager.restore(latest, run.tensors())
+        run.optimizer.set_updates(meta["updates"])
+        log.info("Resuming from %s", latest)
+        return meta
+    broken = list_checkpoints(run.folder / "checkpoints")
+    if broken:
+        raise ValueError(
+            f"none of the {len(broken)} checkpoints in {broken[-1].parent} is whole: nothing to resume from"
+        )
+    if run.config.init is None:
+        run.model.init_weights(run.config.train.seed, assign=assign_full)  # type: ignore[operator]
+        return None
+    pretrained = pretrained or load_pretrained(run.config.init)
+    ours, theirs = dataclasses.asdict(run.architecture), dataclasses.asdict(pretrained.config)
+    if pretrained.spec.name != run.spec.name or ours != theirs:
+        found = [f"model.{k}: {theirs.get(k)} → {v}" for k, v in ours.items() if theirs.get(k) != v]
+        names = f"{pretrained.spec.name} is not {run.spec.name}; " if pretrained.spec.name != run.spec.name else ""
+        raise ValueError(f"init={run.config.init} is another model: {names}{', '.join(found)}: change model or init")
+    load_full_state(run.model, pretrained.model.state_dict().items())
+    log.info("Starting from the weights of %s", run.config.init)
+    return None
+
+
+def _certify(run: Run) -> None:
+    """Write config.yaml and manifest.json; each life of the run adds an entry to `lives`. Never the environment."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / "manifest.json"
+    lives = read_json(path)["lives"] if path.is_file() else []
+    lives.append(
+        {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "from_step": run.meta["step"] if run.meta else 0,
+            "command": sys.argv,
+            "processes": collectives.world_size(),
+            "device": _device_name(run.device),
+            "cpus": os.cpu_count(),
+            "host_memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            "precision": run.precision,
+            "versions": {
+                "moltron": moltron.__version__,
+                "git": _git_commit(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "platform": platform.platform(),
+            },
+        }
+    )
+    stores = {"train": run.train_store, "val": run.val_store}
+    content = {
+        "model": run.spec.name,
+        "parameters": num_parameters(run.model),
+        "data": {split: store.fingerprint for split, store in stores.items() if store is not None},
+        "records": {split: len(store) for split, store in stores.items() if store is not None},
+        "lives": lives,
+    }
+    write_json(path, content)
+    partial = run.folder / "config.yaml.partial"
+    partial.write_text(dump_config(run.config), encoding="utf-8")
+    os.replace(partial, run.folder / "config.yaml")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with `-dirty`; None where it is installed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
