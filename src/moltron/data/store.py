@@ -10,8 +10,8 @@
 
 What is trusted: a file is hashed in full (about 1 GB/s) when it is new, was copied or touched, i.e. when its size or
 time of change is not the stamp's; otherwise it is taken to be what it was, so opening 20 GB is immediate. `verify=True`
-always hashes. A file whose hash is not the manifest's is refused. The index has the hash of the file that it describes
-in its name, so a stale one is never found, and one that the stamp does not know is compared with the file's own offsets.
+always hashes. A file whose hash is not the manifest's is refused. The index has the hash of the file it describes in
+its name, so a stale one is never found, and one that the stamp does not know is compared with the file's own offsets.
 Knows nothing of tokens, batches and order.
 """
 
