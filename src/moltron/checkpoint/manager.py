@@ -292,7 +292,7 @@ class CheckpointManager:
         replaced = self.folder / f".{final.name}.replaced"
         if (
             final.exists()
-        ):  # the same step once more: the old one steps aside, `_tidy` brings it back after a crash here
+        ):  # the step once more: the old one steps aside, `_tidy` brings it back after a crash here
             os.rename(final, replaced)
         os.rename(partial, final)
         _flush_folder(self.folder)
@@ -301,7 +301,7 @@ class CheckpointManager:
         self._prune(content["step"])
 
     def _prune(self, step: int) -> None:
-        """Delete what neither keep_last nor keep_best holds. Those after `step` are an abandoned future: not touched."""
+        """Delete what neither keep_last nor keep_best holds. Those after `step`, an abandoned future, stay."""
         paths = [p for p in list_checkpoints(self.folder) if int(p.name[5:]) <= step and p not in self._refused]
         ranked = [p for p in sorted(reversed(paths), key=_metric_of) if _metric_of(p) < math.inf]
         keep = {*paths[-self.keep_last :], *ranked[: self.keep_best]}

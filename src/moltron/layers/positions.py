@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rotary_frequencies(
+    head_dim: int, base: float, rounded_to: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
+    """base^(-2i / H) for i in 0 … H/2 - 1, (H/2,) fp32, rounded to another dtype first."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.int64).float() / head_dim
+    return (1.0 / base**exponents).to(rounded_to).float()
+
+
+def rotary_table(
+    positions: Tensor, head_dim: int, base: float, rounded_to: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's angles, (T, 1, H/2) fp32 each; made once a forward, so no length is too long."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.int64).float() / head_dim
-    angles = positions.float()[:, None] * (1.0 / base**exponents)
+    angles = positions.float()[:, None] * rotary_frequencies(head_dim, base, rounded_to, positions.device)
     return angles.cos()[:, None], angles.sin()[:, None]
 
 

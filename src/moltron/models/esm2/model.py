@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from moltron.layers.blocks import Block, MaskedLMHead, Rotary, init_encoder_weights
@@ -31,6 +32,7 @@ class Esm2Config:
     token_dropout: bool = True
     mask_id: int = 32
     rotary_base: float = 10000.0
+    rotary_dtype: str = "float32"  # what the frequencies are rounded to; checkpoints trained in fp16 hold them so
     init_std: float = 0.02
     tokenizer: str = "esm2"
     positions_end: ClassVar[bool] = False
@@ -59,7 +61,8 @@ class Esm2(nn.Module):
         if self.config.token_dropout:
             x_TD = x_TD * token_dropout_scale(batch, self.config.mask_id).to(x_TD.dtype)
         head_dim = self.config.hidden_size // self.config.num_heads
-        return x_TD, rotary_table(batch.layout.positions, head_dim, self.config.rotary_base)
+        rounded_to = getattr(torch, self.config.rotary_dtype)
+        return x_TD, rotary_table(batch.layout.positions, head_dim, self.config.rotary_base, rounded_to)
 
     def forward(self, batch: PackedBatch, hidden_layers: Collection[int] = ()) -> Output:
         return run_encoder(self, batch, hidden_layers)
