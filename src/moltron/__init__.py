@@ -1,0 +1,19 @@
+"""moltron: train, fine-tune and run biomolecular language models.
+
+from moltron import load_model
+vectors = load_model("runs/esm2_8M").embed(["MKTAYIAKQRQISFVKSHFSRQ"])
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+__version__ = version("moltron")
+__all__ = ["__version__", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load_model` brings torch along: it is imported when it is asked for."""
+    if name == "load_model":
+        return import_module("moltron.infer.api").load_model
+    raise AttributeError(f"module 'moltron' has no attribute {name!r}")

@@ -1,0 +1,208 @@
+"""A model in three lines, and the path from text to results that the commands share.
+
+    from moltron import load_model
+    model = load_model("runs/esm2_8M")
+    model.embed(["MKTAYIAKQRQISFVKSHFSRQ"])          # numpy, (sequences, width)
+
+Here a sequence meets the limit of its model: `long` says what happens to one with more residues than fit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from moltron.checkpoint.weights import Pretrained, load_pretrained
+from moltron.common.logging import get_logger
+from moltron.infer.engine import Encoder, Wanted
+from moltron.infer.pooling import POOLINGS, merge
+from moltron.infer.windows import POLICIES, cut
+from moltron.models.batch import PackedBatch
+from moltron.models.contacts import predict_contacts
+from moltron.models.spec import num_parameters
+from moltron.tokenizers.residues import clean, get_tokenizer
+
+log = get_logger(__name__)
+
+
+def load_model(what: str, device: str = "auto", precision: str = "auto") -> Model:
+    """A model ready to embed. what: a run folder, a checkpoint of ours, a Hugging Face folder, a fair-esm .pt, or a
+    name that `moltron download` knows. device: auto | cpu | cuda. precision: auto (bf16 on CUDA) | fp32 | bf16 | fp16.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Model(load_pretrained(what), device, precision)
+
+
+@dataclass
+class Results:
+    """Of N sequences, in order: `embeddings` (N, D) fp32 a layer, `hiddens` (L, D) a layer, `logits` (L, V)."""
+
+    embeddings: dict[int, np.ndarray]
+    hiddens: dict[int, list[np.ndarray]]
+    logits: list[np.ndarray]
+
+
+class Model:
+    """Sequences in, numpy out. All methods keep the order; residues only, without `<cls>` and `<eos>`."""
+
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        device: str | torch.device = "cpu",
+        precision: str = "auto",
+        tokens: int | None = None,
+    ):
+        self.spec, self.config, self.source = pretrained.spec, pretrained.config, pretrained.source
+        self.tokenizer = get_tokenizer(self.config.tokenizer)
+        self.encoder = Encoder(
+            pretrained.model,
+            pad_id=self.tokenizer.pad_id,
+            device=device,
+            precision=precision,
+            tokens=tokens,
+            plan=self.spec.plan,
+        )
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self.encoder.model
+
+    def __repr__(self) -> str:
+        c, e = self.config, self.encoder
+        return (
+            f"Model({self.spec.name}, {num_parameters(e.model) / 1e6:.1f}M parameters, {c.num_layers} layers, "
+            f"width {c.hidden_size}, up to {self.max_residues()} residues, {e.precision} on {e.device}, {self.source})"
+        )
+
+    def embed(
+        self,
+        sequences: Sequence[str],
+        pooling: str = "mean",
+        *,
+        layer: int = -1,
+        long: str = "error",
+        overlap: int = 128,
+    ) -> np.ndarray:
+        """(N, D) fp32. pooling: mean (over residues) | cls | max. layer: 0 = embeddings, -1 = after the final norm.
+
+        long: error (ValueError) | truncate | window, for sequences of more residues than the model's limit.
+        """
+        layers = self.layer_numbers([layer])
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r} is unknown; there are: {', '.join(POOLINGS)}")
+        return self.run(self._cleaned(sequences), Wanted(layers, pooling), long=long, overlap=overlap).embeddings[
+            layers[0]
+        ]
+
+    def hiddens(
+        self, sequences: Sequence[str], *, layer: int = -1, long: str = "error", overlap: int = 128
+    ) -> list[np.ndarray]:
+        """One (L, D) fp32 a sequence; arguments as in `embed`."""
+        layers = self.layer_numbers([layer])
+        return self.run(
+            self._cleaned(sequences), Wanted(layers, None, hiddens=True), long=long, overlap=overlap
+        ).hiddens[layers[0]]
+
+    def logits(self, sequences: Sequence[str], *, long: str = "error", overlap: int = 128) -> list[np.ndarray]:
+        """One (L, V) fp32 a sequence; columns are `tokenizer.pieces`."""
+        return self.run(self._cleaned(sequences), Wanted((), None, logits=True), long=long, overlap=overlap).logits
+
+    @torch.inference_mode()
+    def contacts(self, sequence: str) -> np.ndarray:
+        """(L, L) fp32, probability of contact of each pair of residues. Raises ValueError without a contact head."""
+        ids = self._ids(self._cleaned([sequence])[0], self.max_residues(), "error", 0)
+        tokens = max(64, -(-len(ids) // 64) * 64)
+        batch = PackedBatch.pack(
+            ids, np.array([len(ids)]), tokens=tokens, pad_id=self.tokenizer.pad_id, max_length=len(ids)
+        )
+        return predict_contacts(self.module, batch.to(self.encoder.device)).cpu().numpy()
+
+    # ------------------------------------------------------------------------------------------- shared with bulk
+
+    def layer_numbers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Layers counted from 0; negative ones count from the end, -1 = after the final norm."""
+        last = self.config.num_layers
+        for layer in layers:
+            if not -(last + 1) <= layer <= last:
+                raise ValueError(f"layers: {layer} is not one of 0 (embeddings) … {last} (after the final norm)")
+        return tuple(layer % (last + 1) for layer in layers)
+
+    def max_residues(self, max_length: int | None = None) -> int:
+        """Residues that fit. max_length: tokens, specials included; None: what the model was made for."""
+        limit = self.config.max_positions
+        if max_length is None:
+            max_length = limit
+        elif self.config.positions_end and max_length > limit:
+            raise ValueError(f"max_length={max_length}: {self.spec.name} has positions for {limit} tokens, no more")
+        if max_length <= self.tokenizer.num_specials:
+            raise ValueError(
+                f"max_length={max_length} leaves no room for residues beside {self.tokenizer.num_specials} specials"
+            )
+        return max_length - self.tokenizer.num_specials
+
+    def run(
+        self,
+        sequences: Sequence[bytes],
+        wanted: Wanted,
+        *,
+        long: str = "error",
+        max_length: int | None = None,
+        overlap: int = 128,
+    ) -> Results:
+        """Tokenize cleaned sequences, cut what is too long, encode, put together again. Raises ValueError for what cannot be."""
+        if long not in POLICIES:
+            raise ValueError(f"long={long!r} is unknown; there are: {', '.join(POLICIES)}")
+        limit = self.max_residues(max_length)
+        pieces, keep, owners = [], [], []
+        for index, sequence in enumerate(sequences):
+            ids = self._ids(sequence, limit, long, index)
+            if len(ids) <= limit + 2:
+                pieces.append(ids)
+                keep.append((1, len(ids) - 1))
+                owners.append(index)
+                continue
+            for begin, end, keep_from, keep_to in cut(len(ids) - 2, limit, overlap):
+                pieces.append(np.concatenate([ids[:1], ids[1 + begin : 1 + end], ids[-1:]]))
+                keep.append((1 + keep_from - begin, 1 + keep_to - begin))
+                owners.append(index)
+        keep, owners = np.array(keep, dtype=np.int64).reshape(-1, 2), np.array(owners, dtype=np.int64)
+        encoded = self.encoder.encode(pieces, wanted, keep)
+        kept = keep[:, 1] - keep[:, 0]
+        pooled = {layer: merge(x, kept, owners, str(wanted.pooling)) for layer, x in encoded.pooled.items()}
+        hiddens = {layer: _stitch(x, owners) for layer, x in encoded.hiddens.items()}
+        return Results(pooled, hiddens, _stitch(encoded.logits, owners))
+
+    def _cleaned(self, sequences: Sequence[str]) -> list[bytes]:
+        if isinstance(sequences, str):
+            raise ValueError("a list of sequences is wanted, not one string: [sequence]")
+        results = [clean(sequence.encode()) for sequence in sequences]
+        if letters := sum((counts for _, counts in results), Counter()):
+            log.warning("odd letters, by the rule of moltron.tokenizers.residues.clean: %s", dict(letters))
+        return [sequence for sequence, _ in results]
+
+    def _ids(self, sequence: bytes, limit: int, long: str, index: int) -> np.ndarray:
+        ids = self.tokenizer.encode(sequence)
+        residues = len(ids) - self.tokenizer.num_specials
+        if residues == 0:
+            raise ValueError(f"sequence {index} is empty")
+        if residues > limit and long == "error":
+            raise ValueError(
+                f"sequence {index} has {residues} residues, the limit is {limit}: long='truncate' keeps these, "
+                "long='window' reads all in overlapping windows"
+            )
+        return np.concatenate([ids[: limit + 1], ids[-1:]]) if residues > limit and long == "truncate" else ids
+
+
+def _stitch(pieces: list[np.ndarray], owners: np.ndarray) -> list[np.ndarray]:
+    """The kept rows of each sequence's windows, one after another."""
+    if not pieces or len(pieces) == owners[-1] + 1:
+        return pieces
+    bounds: list[Any] = np.flatnonzero(np.diff(owners, prepend=-1, append=-1)).tolist()
+    return [pieces[a] if b - a == 1 else np.concatenate(pieces[a:b]) for a, b in pairwise(bounds)]
