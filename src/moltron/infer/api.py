@@ -156,7 +156,7 @@ class Model:
         max_length: int | None = None,
         overlap: int = 128,
     ) -> Results:
-        """Tokenize cleaned sequences, cut what is too long, encode, put together again. Raises ValueError for what cannot be."""
+        """Tokenize cleaned sequences, cut what is too long, encode, join. Raises ValueError for what cannot be read."""
         if long not in POLICIES:
             raise ValueError(f"long={long!r} is unknown; there are: {', '.join(POLICIES)}")
         limit = self.max_residues(max_length)
