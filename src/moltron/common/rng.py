@@ -35,7 +35,7 @@ def fold(state: U64, counter: ArrayLike) -> U64:
     x = np.array(counter, dtype=np.uint64, ndmin=1)  # a copy: mixed in place
     x += np.uint64(1)
     x *= _GAMMA
-    x = np.add(x, state, out=x) if x.size >= np.size(state) > 0 else x + state  # no state: nothing to draw
+    x = np.add(x, state, out=x) if x.shape == np.shape(state) else x + state
     shifted = x >> _S30
     x ^= shifted
     x *= _MIX1

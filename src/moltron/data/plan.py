@@ -128,7 +128,7 @@ class BatchPlan:
     def window(self, epoch: int, w: int) -> list[Bin]:
         """The bins of window w of an epoch, in their final, hashed order."""
         records = self.order(epoch, w)
-        lengths = self.store.lengths[records].astype(np.int64)
+        lengths = np.asarray(self.store.lengths[records], dtype=np.int64)
         room = self.max_length - self.num_specials
         crops = np.zeros(len(records), dtype=np.int64)
         long = np.flatnonzero(lengths > room)
@@ -150,7 +150,7 @@ class BatchPlan:
         member = rng.bounded(rng.hash_u64(self.seed, rng.MEMBER, epoch, items), self.clusters.count[items])
         return np.asarray(self.clusters.order[self.clusters.start[items] + member], dtype=np.int64)
 
-    def bins(self, position: Position = Position(), epochs: int | None = None) -> Iterator[tuple[int, Bin, Position]]:
+    def bins(self, position: Position, epochs: int | None = None) -> Iterator[tuple[int, Bin, Position]]:
         """From `position` on: (epoch, bin, position of the next bin); up to epoch `epochs`, or without end."""
         epoch, w, b = position
         while epochs is None or epoch < epochs:

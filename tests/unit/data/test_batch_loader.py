@@ -1,0 +1,160 @@
+import json
+import threading
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from moltron.config.schema import ObjectiveConfig
+from moltron.data.loader import BatchLoader, pack_sequences
+from moltron.data.plan import BatchPlan
+from moltron.data.store import Store, StoreWriter
+from moltron.objectives import get_objective
+from moltron.tokenizers.residues import get_tokenizer
+
+TOKENIZER = get_tokenizer("esm2")
+T, MAX_LENGTH, PACKS = 512, 128, 8
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    generator = np.random.default_rng(0)
+    lengths = generator.lognormal(np.log(50), 0.6, 400).clip(1, 300).astype(int)
+    return [generator.choice(list(b"ACDEFGHIKLMNPQRSTVWYX"), n).astype(np.uint8).tobytes() for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, sequences):
+    path = tmp_path_factory.mktemp("store") / "train.arrow"
+    with StoreWriter(path) as writer:
+        for first in range(0, len(sequences), 150):
+            chosen = sequences[first : first + 150]
+            writer.add([f"id{first + i}" for i in range(len(chosen))], chosen)
+    return Store.open(path)
+
+
+def make(store, objective=True, seed=7, packs=PACKS, **kwargs):
+    plan = BatchPlan(store, T, MAX_LENGTH, window=150, seed=seed)
+    learned = get_objective(ObjectiveConfig(), TOKENIZER, seed) if objective else None
+    return BatchLoader(plan, store, TOKENIZER, learned, packs=packs, **kwargs)
+
+
+def contents(batch):
+    tensors = [batch.ids, batch.layout.cu_seqlens, batch.layout.positions, batch.target_positions, batch.targets]
+    return [t.tolist() for t in tensors if t is not None] + [batch.records.tolist(), batch.num_tokens]
+
+
+def first_steps(loader, count):
+    return list(islice(iter(loader), count))
+
+
+def split(batch):
+    """[(record, ids)] of the real sequences of a batch"""
+    ends = np.cumsum(batch.layout.lengths)[: batch.num_sequences]
+    return list(zip(batch.records.tolist(), np.split(batch.ids.numpy()[: batch.num_tokens], ends[:-1])))
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_all_worlds_see_the_same_stream_masks_included(store, world):
+    expected = first_steps(make(store), 12)
+    ranks = [first_steps(make(store, rank=rank, world=world), 12) for rank in range(world)]
+    for k, step in enumerate(expected):
+        together = [ranks[i % world][k].batches[i // world] for i in range(PACKS)]
+        assert [contents(b) for b in together] == [contents(b) for b in step.batches]
+        assert all(rank[k].position == step.position and rank[k].epoch == step.epoch for rank in ranks)
+        assert sum(rank[k].count for rank in ranks) == step.count
+        assert sum(rank[k].tokens for rank in ranks) == step.tokens
+    assert expected[-1].epoch >= 1, "the test should cross an epoch"
+
+
+def test_resume_from_every_position_is_equal_to_the_bit(store):
+    straight = first_steps(make(store, packs=3), 40)
+    assert straight[-1].epoch >= 1
+    for k in range(len(straight) - 1):
+        position = json.loads(json.dumps(straight[k].position))
+        step = next(make(store, packs=3, position=position).steps())
+        assert [contents(b) for b in step.batches] == [contents(b) for b in straight[k + 1].batches]
+        assert step.position == straight[k + 1].position
+
+
+def test_batches_hold_the_records_letters(store, sequences):
+    for step in first_steps(make(store, objective=False), 10):
+        assert step.count == 0
+        for batch in step.batches:
+            assert batch.ids.shape == (T,) and (batch.ids[batch.num_tokens :] == TOKENIZER.pad_id).all()
+            for record, ids in split(batch):
+                assert (ids[0], ids[-1]) == (TOKENIZER.cls_id, TOKENIZER.eos_id)
+                text, whole = TOKENIZER.decode(ids[1:-1]).encode(), sequences[record]
+                assert text in whole and len(text) == min(len(whole), MAX_LENGTH - 2)
+
+
+def test_counts_are_those_of_the_batches(store):
+    for step in first_steps(make(store), 3):
+        assert step.count == sum(int((b.targets != -100).sum()) for b in step.batches)
+        assert step.tokens == sum(b.num_tokens for b in step.batches)
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_one_epoch_ends_with_every_record_seen_and_ranks_in_step(store, world):
+    plan = BatchPlan.evaluation(store, T, MAX_LENGTH)
+    objective = get_objective(ObjectiveConfig(), TOKENIZER, 0)
+    build = lambda rank: BatchLoader(plan, store, TOKENIZER, objective, packs=4, rank=rank, world=world, epochs=1)  # noqa: E731
+    ranks = [list(build(rank)) for rank in range(world)]
+    assert len({len(steps) for steps in ranks}) == 1
+    batches = [b for steps in ranks for step in steps for b in step.batches]
+    assert len(batches) == 4 * len(ranks[0]) and all(b.ids.shape == (T,) for b in batches)
+    empty = [b for b in batches if b.num_sequences == 0]
+    assert 0 < len(empty) < 4 and all((b.targets == -100).all() for b in empty)
+    assert sorted(r for b in batches for r in b.records.tolist()) == list(range(len(store)))
+
+
+def test_breaking_off_ends_the_thread(store):
+    before = threading.active_count()
+    loader = make(store)
+    for _ in loader:
+        assert threading.active_count() == before + 1
+        break
+    steps = iter(loader)
+    next(steps)
+    steps.close()
+    assert threading.active_count() == before
+    assert loader.wait_seconds > 0
+
+
+def test_an_error_reaches_the_consumer_with_the_records_ids(store):
+    class Fails:
+        def corrupt(self, batch, epoch):
+            raise ZeroDivisionError("odd batch")
+
+    loader = BatchLoader(BatchPlan(store, T, MAX_LENGTH), store, TOKENIZER, Fails(), packs=1)
+    first = next(BatchLoader(loader.plan, store, TOKENIZER, None, packs=1).steps()).batches[0]
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match=rf"records {store.ids(first.records[:1])[0]}, .*odd batch"):
+        next(iter(loader))
+    assert threading.active_count() == before
+
+
+def test_packs_must_be_shared_equally(store):
+    with pytest.raises(ValueError, match=r"batch.packs=8 cannot be shared equally by 3 ranks"):
+        make(store, world=3)
+
+
+def test_pack_sequences_keeps_every_sequence_and_its_place():
+    generator = np.random.default_rng(0)
+    made = [generator.integers(4, 24, n) for n in generator.integers(3, 64, 100)]
+    batches = pack_sequences(made, 256, TOKENIZER.pad_id, 64, first_record=1000)
+    assert all(b.ids.shape == (256,) and b.target_positions is None for b in batches)
+    found = dict(pair for batch in batches for pair in split(batch))
+    assert sorted(found) == list(range(1000, 1100))
+    assert all(np.array_equal(found[1000 + i], ids) for i, ids in enumerate(made))
+    assert sum(map(len, made)) / (256 * len(batches)) > 0.9
+    assert pack_sequences([], 256, TOKENIZER.pad_id, 64) == []
+    with pytest.raises(ValueError, match="sequence 1001 has 65 tokens: at most 64"):
+        pack_sequences([np.ones(3, int), np.ones(65, int)], 256, TOKENIZER.pad_id, 64, first_record=1000)
+
+
+def test_ids_are_int64_and_of_their_own_memory(store):
+    one, two = (next(make(store).steps()).batches[0] for _ in range(2))
+    assert one.ids.dtype == one.targets.dtype == one.target_positions.dtype == torch.int64
+    assert one.ids.data_ptr() != two.ids.data_ptr()
