@@ -17,7 +17,7 @@ from moltron.data.plan import EVALUATION_SEED, BatchPlan
 from moltron.data.store import Store
 from moltron.objectives import get_objective
 from moltron.parallel.collectives import all_reduce_sum, rank, world_size
-from moltron.tokenizers.residues import ResidueTokenizer
+from moltron.tokenizers import ResidueTokenizer
 
 
 class Evaluator:

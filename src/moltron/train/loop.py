@@ -370,8 +370,8 @@ class Trainer:
         )
 
     def _result(self, reason: str) -> TrainResult:
-        loss = self.reading.loss if self.reading is not None else None
-        return TrainResult(self.run_.folder, self.step_done, self.meter.tokens, reason, loss, self.val_loss, self.best)
+        loss, best = self.reading.loss if self.reading is not None else None, min(self.best, default=None)
+        return TrainResult(self.run_.folder, self.step_done, self.meter.tokens, reason, loss, self.val_loss, best)
 
 
 def _number(value: float) -> float | None:
