@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moltron.checkpoint.shards import Chunk, hash_file, local_chunk, read_shards, write_shard
+from moltron.checkpoint.shards import Chunk, local_chunk, read_shards, write_shard
+from moltron.common.manifest import fsync, read_json, sha256_file, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "moltron-checkpoint-1"
@@ -58,7 +59,7 @@ def read_manifest(path: str | Path) -> Manifest:
     """The manifest of one checkpoint folder. Raises CheckpointError where it is missing or damaged."""
     file = Path(path) / MANIFEST
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file)
         checksum = content.pop("sha256")
         if content.pop("format") != FORMAT or checksum != _checksum(content):
             raise ValueError("its own checksum does not match")
@@ -89,7 +90,7 @@ def problem_of(path: Path, rank: int = 0, world: int = 1) -> str | None:
             size = file.stat().st_size
             if size != expected["size"]:
                 return f"{file}: {size} bytes instead of {expected['size']}"
-            if hash_file(file) != expected["sha256"]:
+            if sha256_file(file) != expected["sha256"]:
                 return f"{file}: the content does not match its sha256 in {MANIFEST}"
         except OSError as error:
             return f"{file}: {error.strerror}"
@@ -171,8 +172,8 @@ class CheckpointManager:
         """
         self.wait()
         try:
-            meta = json.loads(json.dumps(meta))
-        except TypeError as error:
+            meta = json.loads(json.dumps(meta, allow_nan=False))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"the meta of a checkpoint holds plain values only: {error}") from error
         content = {
             "step": step,
@@ -284,18 +285,13 @@ class CheckpointManager:
 
     def _publish(self, partial: Path, final: Path, content: dict) -> None:
         manifest = {"format": FORMAT, **content, "sha256": _checksum(content)}
-        with open(partial / MANIFEST, "w") as file:
-            json.dump(manifest, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _flush_folder(partial)
+        write_json(partial / MANIFEST, manifest)
+        fsync(partial)
         replaced = self.folder / f".{final.name}.replaced"
-        if (
-            final.exists()
-        ):  # the step once more: the old one steps aside, `_tidy` brings it back after a crash here
+        if final.exists():  # the step once more: the old one steps aside, `_tidy` brings it back after a crash here
             os.rename(final, replaced)
         os.rename(partial, final)
-        _flush_folder(self.folder)
+        fsync(self.folder)
         self._refused.discard(final)
         shutil.rmtree(replaced, ignore_errors=True)
         self._prune(content["step"])
@@ -322,12 +318,3 @@ class CheckpointManager:
                 os.rename(path, final)
         for path in self.folder.glob(".step-*.partial"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageR
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-PIECE = 1 << 24  # bytes written, or read, and hashed at a time
+PIECE = 1 << 24  # bytes written and hashed at a time
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -99,16 +99,6 @@ def write_shard(path: Path, chunks: Mapping[str, Chunk]) -> dict:
             write(memoryview(chunks[name][0].reshape(-1).view(torch.uint8).numpy()))
         os.fsync(file.fileno())
     return {"size": 8 + len(head) + position, "sha256": digest.hexdigest()}
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(PIECE))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
 
 
 def read_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:

@@ -6,10 +6,12 @@ Names of tokenizers and objectives are strings, plans are tables of strings: thi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from moltron.models.weightmap import Conversion
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ModelSpec:
         and `tokenizer` (a name that `moltron.tokenizers.get_tokenizer` knows).
     model: config → nn.Module, with `forward(batch, hidden_layers=()) -> Output`, `logits(hidden) -> (…, V)`,
         `init_weights(seed)`.
-    to_hf, from_hf: state dict and config in the layout of `transformers`, both ways; None where there is none.
+    convert: how its weights and configuration look in `transformers` and elsewhere, both ways.
     objectives: names of `moltron.objectives`, the first is the default.
     """
 
@@ -37,7 +39,7 @@ class ModelSpec:
     model: Callable[[Any], nn.Module]
     plan: ParallelPlan
     objectives: tuple[str, ...]
-    convert: Any = field(default=None)
+    convert: Conversion
 
 
 def num_parameters(model: nn.Module) -> int:

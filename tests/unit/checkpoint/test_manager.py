@@ -166,7 +166,7 @@ def test_no_space_for_the_manifest(tmp_path, monkeypatch):
 
     manager = CheckpointManager(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(manager_module, "_flush_folder", no_space)
+        patch.setattr(manager_module, "fsync", no_space)
         manager.save(1, make_state(1), {})
         with pytest.raises(CheckpointError, match="No space left on device"):
             manager.wait()

@@ -1,0 +1,133 @@
+"""Published weights by a short name, from the Hugging Face hub, into its cache; hashes checked, offline afterwards.
+
+    name[@revision] ──> repository ──hub: files and hashes──> download, resumed ──verify──> snapshot folder
+
+The cache is huggingface_hub's own (HF_HOME, or cache_dir), shared with every other program that uses it. Beside the
+snapshot a record of the verified hashes is kept: with it, nothing asks the hub again. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from moltron.common.manifest import read_json, sha256_file, write_json
+from moltron.config.schema import DownloadConfig
+
+REPOSITORIES = {
+    "esm2_8M": "facebook/esm2_t6_8M_UR50D",
+    "esm2_35M": "facebook/esm2_t12_35M_UR50D",
+    "esm2_150M": "facebook/esm2_t30_150M_UR50D",
+    "esm2_650M": "facebook/esm2_t33_650M_UR50D",
+    "esm2_3B": "facebook/esm2_t36_3B_UR50D",
+    "esm2_15B": "facebook/esm2_t48_15B_UR50D",
+    "esm1b": "facebook/esm1b_t33_650M_UR50S",
+}
+PATTERNS = ["*.safetensors", "*.json", "vocab.txt"]
+log = logging.getLogger(__name__)
+
+
+def download(config: DownloadConfig) -> Path | None:
+    """`moltron download`: fetch, verify every file again, say where it lies. Without a name: list the names."""
+    if config.name in ("", "???"):
+        print("\n".join(f"{name:12} {repository}" for name, repository in REPOSITORIES.items()))
+        return None
+    folder = fetch(config.name, config.cache_dir, config.offline, config.endpoint, verify_again=True)
+    print(folder)
+    return folder
+
+
+def fetch(
+    name: str,
+    cache_dir: str | Path | None = None,
+    offline: bool = False,
+    endpoint: str | None = None,
+    verify_again: bool = False,
+) -> Path:
+    """The folder with the weights of `name` or `name@revision`, downloaded if need be.
+
+    Raises ValueError if the name is unknown, the hub cannot be reached, the repository has no safetensors files, or a
+    file does not match the hub's hash (that file is removed from the cache, so that the next call fetches it anew).
+    """
+    short, _, revision = name.partition("@")
+    if short not in REPOSITORIES:
+        raise ValueError(f"name={short} is unknown; there are: {', '.join(REPOSITORIES)}")
+    repository, revision = REPOSITORIES[short], revision or "main"
+    folder = _cached(repository, revision, cache_dir)
+    if folder is not None:
+        if verify_again:
+            _verify(folder, read_json(_record(folder)))
+        return folder
+    if offline:
+        raise ValueError(
+            f"{repository} is not (or not wholly) in the cache {cache_dir or '(HF_HOME)'} and offline=true: run "
+            f"`moltron download name={name}` where there is a network and copy the cache"
+        )
+    try:
+        info = HfApi(endpoint=endpoint).model_info(repository, revision=revision, files_metadata=True)
+    except Exception as error:  # the hub client's errors come from three libraries
+        raise ValueError(f"{repository}@{revision}: the hub does not answer as it should: {error}") from error
+    siblings = [s for s in info.siblings or [] if any(Path(s.rfilename).match(p) for p in PATTERNS)]
+    if not any(s.rfilename.endswith(".safetensors") for s in siblings):
+        raise ValueError(
+            f"{repository}@{revision} has no safetensors files: fetch its pytorch_model.bin with `hf download "
+            f"{repository}` and run `moltron convert input=FOLDER output=DIR`, which reads it without executing code"
+        )
+    hashes = {s.rfilename: f"sha256:{s.lfs.sha256}" if s.lfs is not None else f"git:{s.blob_id}" for s in siblings}
+    log.info("Downloading %s@%s: %d files, %.2f GB", repository, info.sha, len(hashes), _gigabytes(siblings))
+    try:
+        folder = Path(
+            snapshot_download(
+                repository, revision=revision, cache_dir=cache_dir, endpoint=endpoint, allow_patterns=list(hashes)
+            )
+        )
+    except Exception as error:
+        raise ValueError(f"{repository}: download interrupted ({error}); the same command resumes it") from error
+    if folder.name != info.sha:
+        raise ValueError(f"{repository}@{revision} changed on the hub during the download: run the command again")
+    _verify(folder, hashes)
+    record = _record(folder)
+    record.parent.mkdir(exist_ok=True)
+    write_json(record, hashes)
+    return folder
+
+
+def _cached(repository: str, revision: str, cache_dir: str | Path | None) -> Path | None:
+    """The snapshot folder, if all its files are there and were verified."""
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        return None
+    record = _record(folder)
+    if not record.is_file() or not all((folder / file).is_file() for file in read_json(record)):
+        return None
+    return folder
+
+
+def _record(folder: Path) -> Path:
+    """Beside, not in, the snapshot: <cache>/models--owner--name/moltron/<commit>.json."""
+    return folder.parent.parent / "moltron" / f"{folder.name}.json"
+
+
+def _verify(folder: Path, hashes: dict[str, str]) -> None:
+    for name, expected in hashes.items():
+        file = folder / name
+        kind, _, digest = expected.partition(":")
+        if (sha256_file(file) if kind == "sha256" else _git_hash(file)) != digest:
+            blob = file.resolve()
+            file.unlink()
+            blob.unlink(missing_ok=True)
+            raise ValueError(f"{file}: does not match the hub's {expected}; removed, the same command fetches it again")
+
+
+def _git_hash(file: Path) -> str:
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _gigabytes(siblings: list) -> float:
+    return sum(s.size or 0 for s in siblings) / 1e9
