@@ -1,0 +1,72 @@
+"""What a user looks at after preparing: lengths and letters of a split as numbers and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+_PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+
+
+class Statistics:
+    """Counts lengths and letters, batch by batch, exactly."""
+
+    def __init__(self) -> None:
+        self.lengths = np.zeros(1, dtype=np.int64)  # records by length
+        self.letters = np.zeros(256, dtype=np.int64)
+
+    def add(self, sequences: pa.Array) -> None:
+        if not len(sequences):
+            return
+        _, offsets, letters = sequences.buffers()
+        place = np.frombuffer(offsets, np.int32)[sequences.offset : sequences.offset + len(sequences) + 1]
+        counts = np.bincount(np.diff(place), minlength=len(self.lengths))
+        counts[: len(self.lengths)] += self.lengths
+        self.lengths = counts
+        self.letters += np.bincount(np.frombuffer(letters, np.uint8)[place[0] : place[-1]], minlength=256)
+
+    def summary(self) -> dict[str, Any]:
+        total = int(self.lengths.sum())
+        cumulative = np.cumsum(self.lengths)
+        there = np.flatnonzero(self.lengths)
+        longest = int(there[-1])
+        edges = [*range(0, 1025, 64)]
+        while edges[-1] <= longest:
+            edges.append(edges[-1] * 2)
+        bins = np.add.reduceat(np.append(self.lengths, np.zeros(edges[-1], np.int64))[: edges[-1]], edges[:-1])
+        return {
+            "records": total,
+            "residues": int(self.letters.sum()),
+            "lengths": {
+                "min": int(there[0]),
+                "max": longest,
+                "mean": round(float(self.letters.sum() / total), 2),
+                # the smallest length that at least p % of the records do not exceed
+                **{f"p{p}": int(np.searchsorted(cumulative, total * p / 100)) for p in _PERCENTILES},
+                "histogram": {"edges": edges, "counts": bins.tolist()},
+            },
+            "alphabet": {chr(c): int(self.letters[c]) for c in np.argsort(-self.letters) if self.letters[c]},
+        }
+
+
+def draw_lengths(path: Path, splits: dict[str, Statistics], alphabet: str) -> None:
+    """A picture of the lengths of each split; those beyond the 99.5th percentile share the last bar."""
+    from matplotlib.figure import Figure  # half a second to import: not for everyone who reads a store
+
+    everything = max((s.lengths for s in splits.values()), key=len)
+    total = sum(np.pad(s.lengths, (0, len(everything) - len(s.lengths))) for s in splits.values())
+    end = int(np.searchsorted(np.cumsum(total), 0.995 * total.sum())) + 1
+    figure = Figure(figsize=(8, 2.6 * len(splits)), layout="constrained")
+    for index, (name, statistics) in enumerate(splits.items()):
+        axes = figure.add_subplot(len(splits), 1, index + 1)
+        lengths = np.flatnonzero(statistics.lengths)
+        axes.hist(np.minimum(lengths, end), bins=min(60, end), range=(0, end), weights=statistics.lengths[lengths])
+        axes.set_title(
+            f"{name}: {statistics.lengths.sum():,} records, {statistics.letters.sum():,} letters", loc="left"
+        )
+        axes.set_ylabel("records")
+        axes.set_xlabel("residues" if alphabet == "protein" else "characters of SMILES")
+    figure.savefig(path, dpi=120)
