@@ -253,14 +253,15 @@ class Source:
             except Exception as error:
                 raise self._damage(error) from error
 
+        title = None
         for title, sequence in SimpleFastaParser(lines()):
             if junk:
                 yield Reject("", "text before the first header", self.path, junk)
                 junk = None
             words = title.split(None, 1)
             yield Record(words[0] if words else "", _bytes(sequence), self.path, headers.popleft())
-        if self.line == 0 or junk:
-            where = f"line {junk} is text, but" if junk else "it is empty;"
+        if title is None:
+            where = f"line {junk} is text, but" if junk else "it is empty:"
             raise ValueError(f"{self.path} is not FASTA: {where} no line starts with `>`")
 
     def _open_table(self) -> None:

@@ -214,7 +214,7 @@ class Store:
                 continue
             _, offsets, letters = column.buffers()
             place = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1].astype(np.int64)
-            address = letters.address if letters is not None else base
+            address = letters.address if letters is not None and letters.size else base
             if not base <= address <= base + len(self._view):
                 raise ValueError(f"{self.path} is compressed: prepare it again, or write it without compression")
             yield slice(first, first + len(column)), place[:-1] + (address - base), np.diff(place).astype(np.int32)

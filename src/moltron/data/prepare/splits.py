@@ -45,21 +45,22 @@ def decide(spool: Spool, config: PrepareConfig, table: Assignment | None, mappin
        a mapping val and test get the drawn clusters' UniRef50 sequence and train the other clusters' members.
     4. A sequence that is in test leaves val and train, one that is in val leaves train.
     """
-    rows = np.arange(len(spool))
-    reason = np.zeros(len(rows), dtype=np.uint8)
-    reason[first_of_equals(_within(spool.id_keys, spool.role)) != rows] = SAME_ID
-    scope = spool.role.astype(np.int64)
+    reason = np.zeros(len(spool), dtype=np.uint8)
+    leader = np.arange(len(spool))
+    reason[first_of_equals(_within(spool.id_keys, spool.role)) != leader] = SAME_ID
+    scope = spool.role
     if mapping is not None:
+        rows = leader.copy()
+        scope = scope.astype(np.int64)
         is_member = spool.role == MEMBER
         reason[is_member & (mapping.owner < 0) & (reason == KEPT)] = UNUSED
         reason[(spool.role == TRAIN) & ~mapping.mapped & (reason == KEPT)] = UNMAPPED
         # each UniRef50 record is a scope of its own: it stands for its cluster, whatever its sequence
         scope = np.where(is_member, len(rows) + mapping.owner, np.where(spool.role == TRAIN, rows, -1 - scope))
-    leader = rows.copy()
     alive = np.flatnonzero(reason == KEPT)
     leader[alive] = alive[first_of_equals(_within(spool.sequence_keys[alive], scope[alive]))]
     if config.duplicates == "drop":
-        reason[leader != rows] = EQUAL
+        reason[alive[leader[alive] != alive]] = EQUAL
     split = spool.role.astype(np.int8)
     if mapping is not None:
         cluster = _split_mapping(spool, config, mapping, split, reason)
@@ -72,6 +73,8 @@ def decide(spool: Spool, config: PrepareConfig, table: Assignment | None, mappin
 
 def _within(keys: np.ndarray, scope: np.ndarray) -> np.ndarray:
     """Keys that are equal only within a scope."""
+    if len(scope) == 0 or scope.min() == scope.max():
+        return keys
     mixed = keys.copy()
     mixed[:, 0] ^= scope.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return mixed
@@ -86,7 +89,7 @@ def _split_units(
     reason: np.ndarray,
 ) -> np.ndarray:
     """Draws from clusters, or from distinct sequences, of `input`. -> (N,) the unit of each row."""
-    unit = leader.copy()
+    unit = leader
     own = np.flatnonzero((spool.role == TRAIN) & (reason == KEPT))
     keys = spool.id_keys
     if table is not None:
@@ -95,6 +98,8 @@ def _split_units(
         if table.split is not None:
             split[own] = table.split[own]
             return unit
+    if not config.val_size and not config.test_size:
+        return unit
     units = np.unique(unit[own])
     val, test = _draw(keys[units], config, "clusters" if table is not None else "distinct sequences")
     fate = np.zeros(len(split), dtype=np.int8)

@@ -1,0 +1,211 @@
+"""Every way in which a file can be odd: read, rejected with its line, or an error that says where."""
+
+import bz2
+import gzip
+import io
+import lzma
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from moltron.data.readers import Record, Reject, Source, expand_inputs, read_records
+
+PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.ZstdCompressor().compress}
+
+
+def read(path: Path, content: bytes | str, **columns) -> list:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return list(read_records(path, **columns))
+
+
+def short(items: list) -> list:
+    return [(i.id, i.sequence if isinstance(i, Record) else i.reason, i.line) for i in items]
+
+
+# ---- FASTA
+
+
+def test_fasta_ids_and_lines(tmp_path):
+    items = read(tmp_path / "a.fasta", ">a first one\nMK\nTA\n\n>b\nMK TA\n\n\n>c")
+    assert short(items) == [("a", b"MKTA", 1), ("b", b"MK\tTA", 5), ("c", "no sequence", 9)]
+    assert {item.source for item in items} == {str(tmp_path / "a.fasta")}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_line_ends_and_byte_order_mark(tmp_path, end, mark):
+    text = end.join([">a x", "MKT", "AAA", ">b", "CC", ""]).encode()
+    assert short(read(tmp_path / "a.fasta", mark + text)) == [("a", b"MKTAAA", 1), ("b", b"CC", 4)]
+
+
+def test_bad_fasta_records_do_not_stop_the_reading(tmp_path):
+    text = b"\n; made by hand\n>\nMKT\n>a\n>b\n  \n>c caf\xe9\nMK\xe9T\n>d\xe9\nMK\n>e>f\nMK\n"
+    assert short(read(tmp_path / "a.fa", text)) == [
+        ("", "text before the first header", 2),
+        ("", "no id", 3),
+        ("a", "no sequence", 5),
+        ("b", "no sequence", 6),
+        ("c", b"MK\xe9T", 8),
+        ("d?", "the id has control characters or is not UTF-8", 10),
+        ("e>f", b"MK", 12),
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "MKTAYIA\nMKT\n"])
+def test_not_fasta_is_an_error(tmp_path, text):
+    with pytest.raises(ValueError, match=r"a\.fasta is not FASTA"):
+        read(tmp_path / "a.fasta", text)
+
+
+# ---- compression
+
+FASTA = b"".join(b">s%d\n%s\n" % (i, bytes([65 + i * j % 23 for j in range(50)])) for i in range(3000))
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_compressed_files_are_read_whole_or_not_at_all(tmp_path, kind):
+    packed = PACK[kind](FASTA)
+    path = tmp_path / f"a.fasta.{kind}"
+    assert len(read(path, packed)) == 3000
+    assert len(read(path, packed + packed)) == 6000
+    for cut in (len(packed) - 1, len(packed) - 9, len(packed) // 2, 20):
+        with pytest.raises(ValueError, match=rf"a\.fasta\.{kind} is truncated.* after line \d+, \d+ records"):
+            read(path, packed[:cut])
+    damaged = bytearray(packed)
+    damaged[len(packed) // 2] ^= 0x55
+    with pytest.raises(ValueError, match=rf"a\.fasta\.{kind} is truncated or damaged"):
+        read(path, bytes(damaged) if kind != "zst" else packed + b"garbage")
+
+
+def test_compression_is_known_by_content_not_name(tmp_path):
+    assert len(read(tmp_path / "a.fasta", gzip.compress(FASTA))) == 3000
+    assert len(read(tmp_path / "b.fasta.gz", FASTA)) == 3000
+
+
+def test_source_hashes_the_file_it_read(tmp_path):
+    import hashlib
+
+    packed = gzip.compress(FASTA)
+    (tmp_path / "a.fasta.gz").write_bytes(packed)
+    with Source(str(tmp_path / "a.fasta.gz")) as source:
+        assert sum(1 for _ in source.records()) == 3000
+        assert source.sha256 == hashlib.sha256(packed).hexdigest() and source.bytes_read == len(packed)
+
+
+# ---- tables
+
+
+def test_csv_with_quotes_and_line_numbers(tmp_path):
+    text = 'id,note,sequence\na,"x, ""y""",MKT\nb,"two\nlines","M,K"\n\nc,x\nd,x,\n,x,MK\ne,x,AA\n'
+    assert short(read(tmp_path / "a.csv", text)) == [
+        ("a", b"MKT", 2),
+        ("b", b"M,K", 3),
+        ("c", "fewer than 3 columns", 6),
+        ("d", "no sequence", 7),
+        ("", "no id", 8),
+        ("e", b"AA", 9),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "columns", "expected"),
+    [
+        ("name,seq,x", {}, ("1", b"2")),  # v1: columns 0 and 1
+        ("x,sequence,id", {}, ("3", b"2")),
+        ("record_id,record_name,sequence", {}, ("1", b"3")),  # v1's UniRef50 shards
+        ("a,b,c", {"id_column": "c", "sequence_column": "a"}, ("3", b"1")),
+        ("smiles,zinc_id,x", {}, ("2", b"1")),
+        ("sequence,target,split", {}, ("a:2", b"1")),
+        ("sequence\ttarget\tid", {}, ("3", b"1")),
+    ],
+)
+def test_columns(tmp_path, header, columns, expected):
+    row = "1\t2\t3" if "\t" in header else "1,2,3"
+    item = read(tmp_path / "a.csv", f"\ufeff{header}\r\n{row}\r\n", **columns)[0]
+    assert (item.id, item.sequence) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "is empty"),
+        ("only\nx\n", "has one column"),
+        ("a,MKTAYIAKQRQIS\nb,MKT\n", "line 1: a sequence where the names of the columns"),
+        ('id,sequence\na,MKT\nb,"MKT\nc,MKT\n', "line 3: not a table row"),
+    ],
+)
+def test_bad_tables_are_errors(tmp_path, text, match):
+    with pytest.raises(ValueError, match=match):
+        read(tmp_path / "a.csv", text)
+
+
+def test_a_column_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="no column 'seq'; it has id, sequence"):
+        read(tmp_path / "a.csv", "id,sequence\na,M\n", sequence_column="seq")
+
+
+def test_smiles_files(tmp_path):
+    items = read(tmp_path / "m.smi", "smiles name\nCCO ethanol\n\nC1CC1\nN  two words \n")
+    assert short(items) == [("ethanol", b"CCO", 2), ("m:4", b"C1CC1", 4), ("two words", b"N", 5)]
+    kinds = {"m.smi": "molecule", "a.csv": "molecule", "b.csv": "protein"}
+    (tmp_path / "a.csv").write_text("id,SMILES\na,C\n")
+    (tmp_path / "b.csv").write_text("id,sequence\na,C\n")
+    for name, kind in kinds.items():
+        with Source(str(tmp_path / name)) as source:
+            assert source.kind == kind
+
+
+# ---- which files
+
+
+@pytest.mark.parametrize("pattern", ["x[008..011]", "x(008..011)", "x<008..011>", "x_OP_008..011_CL_"])
+@pytest.mark.parametrize("suffix", [".csv", ".fasta.gz"])
+@pytest.mark.parametrize("written", [True, False])
+def test_ranges(tmp_path, pattern, suffix, written):
+    names = [f"x{number:03d}{suffix}" for number in range(8, 12)]
+    for name in names:
+        (tmp_path / name).touch()
+    assert expand_inputs(tmp_path / (pattern + (suffix if written else ""))) == [str(tmp_path / name) for name in names]
+    (tmp_path / names[2]).unlink()
+    with pytest.raises(ValueError, match=r"1 of the 4 files .*x\[?.* missing: .*x010"):
+        expand_inputs(tmp_path / pattern)
+
+
+def test_single_files_folders_and_literal_brackets(tmp_path):
+    for name in ("b.fasta", "a.csv.zst", "README.md", "x[1..2].fasta"):
+        (tmp_path / name).touch()
+    assert expand_inputs(tmp_path / "b") == [str(tmp_path / "b.fasta")]
+    assert expand_inputs(tmp_path / "x[1..2].fasta") == [str(tmp_path / "x[1..2].fasta")]
+    assert expand_inputs(tmp_path) == [str(tmp_path / name) for name in ("a.csv.zst", "b.fasta", "x[1..2].fasta")]
+    assert expand_inputs("-") == ["-"]
+    (tmp_path / "b.csv").touch()
+    with pytest.raises(ValueError, match=r"b\.csv or .*b\.fasta"):
+        expand_inputs(tmp_path / "b")
+    with pytest.raises(ValueError, match="runs backwards"):
+        expand_inputs(tmp_path / "x[9..1]")
+    with pytest.raises(ValueError, match=r"no such file: .*nothing"):
+        expand_inputs(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="folder without any"):
+        expand_inputs(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("content", [b">a\nMK\n", gzip.compress(b"id,sequence\na,MK\n")])
+def test_standard_input(monkeypatch, content):
+    class Stdin:
+        buffer = io.BytesIO(content)
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    assert [(item.id, item.sequence) for item in read_records("-")] == [("a", b"MK")]
+    assert not Stdin.buffer.closed
+
+
+def test_unknown_format_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="neither FASTA"):
+        read(tmp_path / "a.bin", "hello\n")
+
+
+def test_reject_has_what_a_user_needs(tmp_path):
+    assert read(tmp_path / "a.fasta", ">a\n>b\nM\n")[0] == Reject("a", "no sequence", str(tmp_path / "a.fasta"), 1)
