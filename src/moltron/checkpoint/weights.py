@@ -143,7 +143,7 @@ def _make_model(spec: ModelSpec, config: Any, device: str | torch.device, dtype:
 def _fill(
     spec: ModelSpec, config: Any, weights: Iterable[tuple[str, Tensor]], make: Callable[..., nn.Module], source: str
 ) -> Pretrained:
-    """Copy tensors into a new model; every parameter gets its value, but for a head or a contact head that is absent."""
+    """Copy tensors into a new model; every parameter gets its value, unless the head or contact head is absent."""
     model = make(spec, config)
     left = dict(model.named_parameters())
     for name, tensor in weights:
@@ -233,7 +233,7 @@ class _TensorFiles(Mapping):
 
 
 def _open_folder(folder: Path) -> Mapping[str, Tensor]:
-    """The weights of a model folder: safetensors where there are any, else pytorch_model.bin, one file or with index."""
+    """The weights of a model folder: safetensors if there are any, else pytorch_model.bin; one file or an index."""
     for name, is_torch in (("model.safetensors", False), ("pytorch_model.bin", True)):
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -274,7 +274,7 @@ def save_pretrained(
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model folder. format: "moltron", or "huggingface" for `transformers` (where the family has a counterpart).
+    """Write a model folder. format: "moltron", or "huggingface" (`transformers`) where the family is known there.
 
     The folder appears at once and whole. Raises ValueError if it is there already and `overwrite` is False.
     """
@@ -298,7 +298,7 @@ def save_pretrained(
 
 
 def _save_weights(weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
-    """One file, or several with an index as `transformers` writes them; one file's worth in memory besides the model."""
+    """One file, or several with an index as `transformers` has them; one file's worth in memory at a time."""
     files: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     total = size = 0
@@ -346,12 +346,8 @@ def convert(config: ConvertConfig) -> Path:
     """`moltron convert`: any WHAT → a folder in `format`; returns it."""
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype={config.dtype!r} must be one of {', '.join(DTYPES)}")
-    output = Path(config.output).expanduser()
-    if (
-        output.exists()
-        and Path(config.input).expanduser().exists()
-        and output.samefile(Path(config.input).expanduser())
-    ):
+    source, output = Path(config.input).expanduser(), Path(config.output).expanduser()
+    if source.exists() and output.exists() and output.samefile(source):
         raise ValueError(f"output={config.output} is the input itself")
     dtype = DTYPES[config.dtype]
     loaded = load_pretrained(config.input)
