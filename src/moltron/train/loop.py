@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import resource
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,10 @@ from moltron.parallel import collectives
 from moltron.train.evaluate import Evaluator
 from moltron.train.metrics import Meter, Sinks, peak_flops, perplexity
 from moltron.train.setup import Run, build_run
+from moltron.train.signals import StopSignal
 from moltron.train.step import LossScaler, NonFiniteError, Pending, Reading, TrainStep
 
 FINISHED, INTERRUPTED = 0, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again later
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 log = get_logger(__name__)
 
@@ -80,33 +78,6 @@ def train(config: TrainConfig) -> TrainResult:
         ) from error
     finally:
         collectives.shutdown()
-
-
-class StopSignal:
-    """Notes that a signal asked for an end; the second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        try:
-            for number in SIGNALS:
-                self.before[number] = signal.signal(number, self._note)
-        except ValueError:
-            log.info("Not in the main thread: signals are not handled")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.received:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.received = True
-        log.warning("%s: finishing this step, then saving; once more ends at once", signal.Signals(number).name)
 
 
 class Trainer:

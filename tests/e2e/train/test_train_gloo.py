@@ -1,0 +1,102 @@
+"""Two ranks on gloo are one process: the same samples, masks, losses, gradient norms and weights. One spawn for all."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moltron.train.loop import train
+
+TRAIN_ALL = """
+import json, sys
+from moltron.config.compose import load_config
+from moltron.config.schema import TrainConfig
+from moltron.parallel import collectives
+from moltron.train.loop import train
+collectives.shutdown, shutdown = lambda: None, collectives.shutdown  # one group for all runs
+for arguments in json.loads(sys.argv[1]):
+    train(load_config(TrainConfig, arguments))
+shutdown()
+"""
+SHORT = ("train.max_steps=3", "train.log_every=1", "train.eval_every=3", "checkpoint.every=2", "checkpoint.keep_last=9")
+RUNS = {
+    "adamw": SHORT,
+    "muon": (*SHORT, "optim.name=muon"),
+    "each": (*SHORT, "parallel.reshard_after_forward=true", "train.max_steps=2", "train.eval_packs=3"),
+}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, arguments, tiny_config):
+    """The folders of every run, by one process and by two ranks."""
+    folder = tmp_path_factory.mktemp("gloo")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    jobs = json.dumps([arguments(folder / "two" / name, *keys) for name, keys in RUNS.items()])
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAIN_ALL, jobs],
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for name, keys in RUNS.items():
+        train(tiny_config(folder / "one" / name, *keys))
+    try:
+        for rank in ranks:
+            output, _ = rank.communicate(timeout=300)
+            assert rank.returncode == 0, output
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return folder
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("adamw", 1e-5), ("muon", 1e-3), ("each", 1e-5)])
+def test_two_ranks_are_one_process(both, read_lines, read_state, name, tolerance):
+    one, two = (read_lines(both / home / name) for home in ("one", "two"))
+    assert len(one) == len(two) >= 2
+    for a, b in zip(one, two, strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=tolerance)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * tolerance)
+    assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], rel=tolerance)
+    (_, meta, expected), (_, meta_two, state) = (read_state(both / home / name) for home in ("one", "two"))
+    assert meta["position"] == meta_two["position"]
+    assert state.keys() == expected.keys()
+    for key in expected:
+        if key.startswith("model."):
+            torch.testing.assert_close(state[key], expected[key], rtol=0, atol=5e-3 if name == "muon" else 2e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_one_process_goes_on_where_two_ranks_stopped(both, tiny_config, read_lines, tmp_path, name):
+    run_dir = tmp_path / "run"
+    shutil.copytree(both / "two" / name, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000003")
+    train(tiny_config(run_dir, *RUNS[name]))
+    for a, b in zip(read_lines(both / "one" / name), read_lines(run_dir), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5 if name == "adamw" else 1e-3)
+
+
+def test_packs_that_cannot_be_shared(tiny_config):
+    from moltron.train.setup import validate
+
+    (problem,) = validate(tiny_config("/nowhere/run"), world=3)
+    assert problem == "batch.packs=4 cannot be shared equally by 3 processes: set batch.packs=3"
