@@ -4,8 +4,9 @@
 
 Writes a store of made-up sequences (lengths lognormal, median 270, cropped at 1,022 residues) under --folder, removed
 afterwards, then consumes a whole epoch: gather, ids, specials, packing, masks; one process, one background thread.
-tok/s counts real tokens: the median of --repeats equal stretches of the epoch, after a tenth of it as warm-up. Memory
-is read after the warm-up and at the epoch's end: `anonymous` is what the process owns, `resident` also counts pages of
+tok/s counts real tokens: the median of --repeats equal stretches of the epoch, after a tenth of it as warm-up; tokens
+a CPU second of the process do not depend on what else runs. The epoch must give every token of the store. Memory is
+read after the warm-up and at the epoch's end: `anonymous` is what the process owns, `resident` also counts pages of
 the mapped file, which the system takes back when it needs them. Results: benchmarks/results/loader_<cpu>_<date>.md.
 """
 
@@ -64,33 +65,39 @@ def measure(store: Store, tokens: int, count: str, repeats: int) -> list[str]:
     tokenizer, seed = get_tokenizer("esm2"), 1
     plan = BatchPlan(store, tokens, max_length=1024, seed=seed)
     objective = get_objective(ObjectiveConfig(count=count), tokenizer, seed)
-    expected = int((np.minimum(store.lengths, 1022) + 2).sum()) // tokens
-    warm_up = max(1, expected // 10)
+    total = int((np.minimum(store.lengths, 1022) + 2).sum(dtype=np.int64))
+    warm_up = max(1, total // tokens // 10)
+    stretch = (total // tokens - warm_up) // repeats
     steps = iter(BatchLoader(plan, store, tokenizer, objective, packs=1, epochs=1))
-    fills = [step.tokens / tokens for step in itertools.islice(steps, warm_up)]
-    start, speeds = memory(), []
+    real = [step.tokens for step in itertools.islice(steps, warm_up)]
+    start, wall, cpu = memory(), [], []
     for _ in range(repeats):
-        begin = time.perf_counter()
-        here = [step.tokens for step in itertools.islice(steps, (expected - warm_up) // repeats)]
-        speeds.append(sum(here) / (time.perf_counter() - begin) / 1e6)
-        fills += [real / tokens for real in here]
-    fills += [step.tokens / tokens for step in steps]  # the rest of the epoch
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        here = [step.tokens for step in itertools.islice(steps, stretch)]
+        wall.append(sum(here) / (time.perf_counter() - begin) / 1e6)
+        cpu.append(sum(here) / (time.process_time() - begin_cpu) / 1e6)
+        real += here
+    real += [step.tokens for step in steps]  # the rest of the epoch
     end = memory()
+    if sum(real) != total:
+        raise RuntimeError(f"the epoch gave {sum(real)} tokens, the store has {total}")
     ends = [f"{start[kind]:.0f}, {end[kind]:.0f}" for kind in ("anonymous", "resident")]
-    every = " ".join(f"{speed:.1f}" for speed in speeds)
-    return [f"{tokens:,}", count, f"{statistics.median(speeds):.1f}", every, f"{statistics.mean(fills):.2%}", *ends]
+    speeds = [f"{statistics.median(wall):.1f}", " ".join(f"{speed:.1f}" for speed in wall)]
+    fill = total / len(real) / tokens
+    return [f"{tokens:,}", count, *speeds, f"{statistics.median(cpu):.1f}", str(stretch), f"{fill:.2%}", *ends]
 
 
 def report(rows: list[list[str]], num_sequences: int, size: int, loads: list[str]) -> str:
     lines = [
         f"# Loader alone, {cpu_name()}, {os.cpu_count()} cores, {datetime.date.today()}",
         "",
-        f"`python benchmarks/loader.py`: {num_sequences:,} made-up sequences, {size / 2**30:.2f} GiB on disk; one process,",
-        f"one thread ahead. numpy {np.__version__}, Python {platform.python_version()}. "
+        f"`python benchmarks/loader.py`: {num_sequences:,} made-up sequences, {size / 2**30:.2f} GiB on disk; one",
+        f"process, one thread ahead. numpy {np.__version__}, Python {platform.python_version()}. "
         f"Load average at start: {loads[0]}; at end: {loads[1]}.",
         "",
-        "| T | count | M tok/s: median | all stretches | fill | anonymous MiB: start, end | resident MiB: start, end |",
-        "|---|---|---|---|---|---|---|",
+        "| T | count | M tok/s: median | all stretches | M tok a CPU second | packs a stretch | fill "
+        "| anonymous MiB: start, end | resident MiB: start, end |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows]) + "\n"
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from moltron.data.plan import BatchPlan, Bin, Position, pack_lengths
 from moltron.data.store import Store
@@ -81,7 +82,8 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Step]:
         ready: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=self.depth)
         stop = threading.Event()
-        worker = threading.Thread(target=self._work, args=(ready, stop), name="batch-loader", daemon=True)
+        device = torch.cuda.current_device() if self.pin else None
+        worker = threading.Thread(target=self._work, args=(ready, stop, device), name="batch-loader", daemon=True)
         worker.start()
         try:
             while True:
@@ -115,8 +117,10 @@ class BatchLoader:
             empty = (bins[-1][0], Bin(nothing, nothing, nothing))
             yield self._step(bins + [empty] * (self.packs - len(bins)), after)
 
-    def _work(self, ready: queue.Queue, stop: threading.Event) -> None:
+    def _work(self, ready: queue.Queue, stop: threading.Event, device: int | None) -> None:
         try:
+            if device is not None:  # a new thread would pin through GPU 0, whichever is this rank's
+                torch.cuda.set_device(device)
             for step in self.steps():
                 ready.put(step)
                 if stop.is_set():

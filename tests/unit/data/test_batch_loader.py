@@ -135,6 +135,28 @@ def test_an_error_reaches_the_consumer_with_the_records_ids(store):
     assert threading.active_count() == before
 
 
+def test_the_thread_pins_through_the_consumers_device(store, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread().name))
+    )
+    monkeypatch.setattr("moltron.models.batch.PackedBatch.pin_memory", lambda self: self)
+    first_steps(make(store, pin=True), 1)
+    assert chosen == [(3, "batch-loader")]
+    first_steps(make(store), 1)
+    assert len(chosen) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_batches_are_equal(store):
+    for plain, pinned in zip(first_steps(make(store), 3), first_steps(make(store, pin=True), 3)):
+        assert [contents(b) for b in plain.batches] == [contents(b) for b in pinned.batches]
+        for batch in pinned.batches:
+            assert batch.ids.is_pinned() and batch.targets.is_pinned() and batch.layout.positions.is_pinned()
+
+
 def test_packs_must_be_shared_equally(store):
     with pytest.raises(ValueError, match=r"batch.packs=8 cannot be shared equally by 3 ranks"):
         make(store, world=3)
