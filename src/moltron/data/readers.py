@@ -193,9 +193,12 @@ class Source:
             f"({type(error).__name__}: {error}); get the file again"
         )
 
-    def rows(self, delimiter: str, quoting: int = csv.QUOTE_MINIMAL, lines: Iterator[str] | None = None) -> Any:
+    def rows(
+        self, delimiter: str, quoted: bool = True, lines: Iterator[str] | None = None
+    ) -> Iterator[tuple[int, list[str]]]:
         """(line, cells) of a table, blank lines left out."""
         csv.field_size_limit(1 << 30)  # the default stops at 128 KiB; titin and cluster members are longer
+        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         reader = csv.reader(lines or self._lines, delimiter=delimiter, strict=True, quoting=quoting)
         before = 0
         try:

@@ -44,9 +44,9 @@ class StoreWriter:
 
     def __init__(self, path: str | Path, alphabet: str = "protein") -> None:
         self.path = Path(path)
-        self.num_records = 0
         self._schema = schema(alphabet)
-        self._writer = pa.ipc.new_file(str(path), self._schema)
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, self._schema)
 
     def add(self, ids: Iterable[str], sequences: Iterable[bytes | str]) -> None:
         """One record batch: at most 2 GiB of letters, some MB are best."""
@@ -54,10 +54,10 @@ class StoreWriter:
 
     def add_columns(self, ids: pa.Array, sequences: pa.Array) -> None:
         self._writer.write_batch(pa.record_batch([ids, sequences], schema=self._schema))
-        self.num_records += len(ids)
 
     def close(self) -> None:
         self._writer.close()
+        self._file.close()  # the writer leaves it open
 
     def __enter__(self) -> StoreWriter:
         return self

@@ -1,6 +1,7 @@
 """moltron prepare, end to end on small inputs: what is kept, where it goes, and what is said of the rest."""
 
 import csv
+import gc
 import gzip
 import hashlib
 import os
@@ -110,6 +111,18 @@ def test_odd_records_are_cleaned_counted_or_rejected_with_their_line(tmp_path):
     output, manifest = run(tmp_path, records, **options)
     assert list(content(output, "train")) == ["a", "b", "d", "f"]
     assert ("11", "e", "letters that are no residues") in rejects(output)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_nothing_stays_open(tmp_path):
+    before = set(os.listdir("/proc/self/fd"))
+    gc.disable()  # which would close what was forgotten
+    try:
+        run(tmp_path, made_up(5))
+    finally:
+        gc.enable()
+    opened = [f"/proc/self/fd/{name}" for name in set(os.listdir("/proc/self/fd")) - before]
+    assert not [link for link in map(os.readlink, filter(os.path.islink, opened)) if str(tmp_path) in link]
 
 
 # ---- splits
@@ -420,6 +433,7 @@ def test_first_of_equals_and_lookup_also_where_half_a_key_is_shared():
     lookup = Lookup(keys, np.arange(100) * 3)
     assert lookup.find(keys).tolist() == [3 * (i % 50) for i in range(100)]
     assert lookup.find(keys_of(["name", "x"])).tolist() == [-1, -1]
+    assert lookup.find(keys[:5] + np.array([0, 1], np.uint64)).tolist() == [-1] * 5
     assert Lookup(keys[:0], np.arange(0)).find(keys).tolist() == [-1] * 100
     assert keys_module.key(b"name7") == hashlib.blake2b(b"name7", digest_size=16).digest() == keys[7].tobytes()
 
@@ -428,7 +442,7 @@ def test_draw_is_even_and_disjoint():
     keys = keys_of(map(str, range(10_000)))
     counts = np.zeros(10_000)
     for seed in range(20):
-        first, second = draw(keys, seed, 1000, 2000)
+        first, second = draw(keys, np.arange(10_000), seed, 1000, 2000)
         assert len(set(first) | set(second)) == 3000
         counts[first] += 1
     assert abs(counts[:5000].sum() - counts[5000:].sum()) < 600  # 20,000 draws: 4 standard deviations

@@ -8,7 +8,6 @@ A table is read in chunks, so memory does not grow with it. Knows nothing of seq
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -108,7 +107,7 @@ def read_mapping(path: str, spool: Spool, input_rows: np.ndarray, member_rows: n
     mapped = np.zeros(len(spool), dtype=bool)
     num_absent = 0
     with Source(path, plain=True) as source:
-        rows = source.rows("\t", csv.QUOTE_NONE)
+        rows = source.rows("\t", quoted=False)
         first = next(rows, (0, [""]))
         if clusters.find(first[1][:1], thorough=False)[0] >= 0:  # else it is the header
             rows = chain([first], rows)

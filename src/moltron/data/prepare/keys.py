@@ -28,18 +28,18 @@ def keys_of(values: Iterable[str]) -> np.ndarray:
 
 
 def first_of_equals(keys: np.ndarray) -> np.ndarray:
-    """keys (N, 2) -> (N,) int64: for each row the first row with the same key."""
-    result = np.arange(len(keys))
+    """keys (N, 2) -> (N,) int64: for each row the first with the same key. Takes some 26 bytes a row, for a moment."""
     order = np.argsort(keys[:, 0], kind="stable")
     half = keys[order, 0]
-    same = half[1:] == half[:-1]
-    touched = np.zeros(len(keys), dtype=bool)
-    touched[1:] |= same
-    touched[:-1] |= same
-    rows = np.sort(order[touched])  # the few that share half a key; only these are compared whole
-    order = rows[np.lexsort((keys[rows, 1], keys[rows, 0]))]  # stable: rows ascend within a group
+    touched = np.zeros(len(keys), dtype=bool)  # shares half a key: only these few are compared whole
+    touched[1:] = half[1:] == half[:-1]
+    touched[:-1] |= touched[1:]
+    rows = order[touched]
+    del order, half
+    order = rows[np.lexsort((rows, keys[rows, 1], keys[rows, 0]))]
     new = np.ones(len(order), dtype=bool)
     new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
+    result = np.arange(len(keys))
     result[order] = order[new][np.cumsum(new) - 1]
     return result
 
@@ -61,12 +61,16 @@ class Lookup:
         return np.where((self._keys[place] == wanted).all(axis=1), self._rows[place], -1)
 
 
-def draw(keys: np.ndarray, seed: int, *sizes: int) -> list[np.ndarray]:
-    """Disjoint subsets of the N rows, of these sizes, by a hash of (seed, key) alone: not by the order of the rows."""
+def draw(keys: np.ndarray, rows: np.ndarray, seed: int, *sizes: int) -> list[np.ndarray]:
+    """Disjoint subsets of `rows`, of these sizes, by a hash of (seed, key of the row) alone, not by their order."""
     salt = np.uint64(int.from_bytes(blake2b(str(seed).encode(), digest_size=8).digest(), "little"))
-    mixed = keys[:, 0] ^ salt
+    mixed = keys[rows, 0] ^ salt
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finalizer
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    order = np.lexsort((keys[:, 1], mixed ^ (mixed >> np.uint64(31))))
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    total = sum(sizes)
+    least = np.argpartition(mixed, total)[:total] if total < len(rows) else np.arange(len(rows))
+    least = least[np.argsort(mixed[least], kind="stable")]
     ends = np.cumsum([0, *sizes])
-    return [np.sort(order[a:b]) for a, b in pairwise(ends)]
+    return [np.sort(rows[least[a:b]]) for a, b in pairwise(ends)]

@@ -56,8 +56,8 @@ def draw_lengths(path: Path, splits: dict[str, Statistics], alphabet: str) -> No
     """A picture of the lengths of each split; those beyond the 99.5th percentile share the last bar."""
     from matplotlib.figure import Figure  # half a second to import: not for everyone who reads a store
 
-    everything = max((s.lengths for s in splits.values()), key=len)
-    total = sum(np.pad(s.lengths, (0, len(everything) - len(s.lengths))) for s in splits.values())
+    longest = max(len(s.lengths) for s in splits.values())
+    total = np.sum([np.pad(s.lengths, (0, longest - len(s.lengths))) for s in splits.values()], axis=0)
     end = int(np.searchsorted(np.cumsum(total), 0.995 * total.sum())) + 1
     figure = Figure(figsize=(8, 2.6 * len(splits)), layout="constrained")
     for index, (name, statistics) in enumerate(splits.items()):

@@ -58,7 +58,10 @@ def decide(spool: Spool, config: PrepareConfig, table: Assignment | None, mappin
         # each UniRef50 record is a scope of its own: it stands for its cluster, whatever its sequence
         scope = np.where(is_member, len(rows) + mapping.owner, np.where(spool.role == TRAIN, rows, -1 - scope))
     alive = np.flatnonzero(reason == KEPT)
-    leader[alive] = alive[first_of_equals(_within(spool.sequence_keys[alive], scope[alive]))]
+    if len(alive) == len(leader):  # the usual case, without copies
+        leader = first_of_equals(_within(spool.sequence_keys, scope))
+    else:
+        leader[alive] = alive[first_of_equals(_within(spool.sequence_keys[alive], scope[alive]))]
     if config.duplicates == "drop":
         reason[alive[leader[alive] != alive]] = EQUAL
     split = spool.role.astype(np.int8)
@@ -100,10 +103,10 @@ def _split_units(
             return unit
     if not config.val_size and not config.test_size:
         return unit
-    units = np.unique(unit[own])
-    val, test = _draw(keys[units], config, "clusters" if table is not None else "distinct sequences")
+    units = own if table is None and config.duplicates == "drop" else np.unique(unit[own])
+    val, test = _draw(keys, units, config, "clusters" if table is not None else "distinct sequences")
     fate = np.zeros(len(split), dtype=np.int8)
-    fate[units[val]], fate[units[test]] = VAL, TEST
+    fate[val], fate[test] = VAL, TEST
     split[own] = fate[unit[own]]
     return unit
 
@@ -118,9 +121,9 @@ def _split_mapping(
     filled = np.isin(own, owner[members])
     reason[own[~filled]] = EMPTY
     units = own[filled]
-    val, test = _draw(spool.id_keys[units], config, "clusters")
+    val, test = _draw(spool.id_keys, units, config, "clusters")
     fate = np.zeros(len(split), dtype=np.int8)
-    fate[units[val]], fate[units[test]] = VAL, TEST
+    fate[val], fate[test] = VAL, TEST
     split[units] = fate[units]
     reason[units[split[units] == TRAIN]] = UNUSED  # the text to train on is the members'
     reason[members[fate[owner[members]] != TRAIN]] = UNUSED
@@ -128,14 +131,14 @@ def _split_mapping(
     return owner
 
 
-def _draw(keys: np.ndarray, config: PrepareConfig, what: str) -> list[np.ndarray]:
-    sizes = [round(size) if size >= 1 else round(size * len(keys)) for size in (config.val_size, config.test_size)]
-    if sum(sizes) >= len(keys) > 0:
+def _draw(keys: np.ndarray, units: np.ndarray, config: PrepareConfig, what: str) -> list[np.ndarray]:
+    sizes = [round(size) if size >= 1 else round(size * len(units)) for size in (config.val_size, config.test_size)]
+    if sum(sizes) >= len(units) > 0:
         raise ValueError(
-            f"val_size={config.val_size:g} and test_size={config.test_size:g} take {sum(sizes)} of {len(keys)} {what}: "
+            f"val_size={config.val_size:g}, test_size={config.test_size:g} take {sum(sizes)} of {len(units)} {what}: "
             "nothing is left to train on; make them smaller"
         )
-    return draw(keys, config.seed, *sizes)
+    return draw(keys, units, config.seed, *sizes)
 
 
 def _drop_leaks(keys: np.ndarray, split: np.ndarray, reason: np.ndarray) -> None:

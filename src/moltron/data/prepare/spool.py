@@ -57,7 +57,8 @@ class Spool:
         self._rejects = rejects
         self._progress = progress
         self._path = path
-        self._writer = pa.ipc.new_file(str(path), _SCHEMA)
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, _SCHEMA)
         self._batches: list[tuple[int, int]] = []  # rows and source of each record batch
         self._ids = bytearray()
         self._sequences = bytearray()
@@ -126,6 +127,7 @@ class Spool:
 
     def close(self) -> None:
         self._writer.close()
+        self._file.close()  # the writer leaves it open
         self.id_keys = as_array(self._ids)  # (N, 2)
         self.sequence_keys = as_array(self._sequences)  # (N, 2)
         self.role = np.frombuffer(self._roles, dtype=np.uint8)  # (N,)
