@@ -24,12 +24,16 @@ from torch import Tensor
 
 
 class Config(NamedTuple):
-    """Queries and keys a step of a kernel takes, its warps and the depth of its pipeline."""
+    """Queries and keys a step of a kernel takes, its warps, the depth of its pipeline, a cap on registers a thread."""
 
     block_m: int
     block_n: int
     num_warps: int
-    num_stages: int
+    num_stages: int = 2
+    maxnreg: int | None = None
+
+    def launch(self) -> dict[str, int | None]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
 
 
 class Tuning(NamedTuple):
@@ -42,15 +46,34 @@ class Tuning(NamedTuple):
 
 
 _TUNING = {
-    16: Tuning(Config(64, 128, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    32: Tuning(Config(64, 128, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    64: Tuning(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    128: Tuning(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    16: Tuning(Config(64, 128, 4), Config(64, 64, 4), Config(64, 64, 4)),
+    32: Tuning(Config(64, 128, 4), Config(64, 64, 4), Config(64, 64, 4)),
+    64: Tuning(Config(128, 64, 8), Config(64, 64, 4), Config(64, 64, 4)),
+    128: Tuning(Config(128, 64, 8), Config(64, 64, 8), Config(64, 64, 8)),
 }
 
 
 def tuning(head_dim: int) -> Tuning:
+    """Fixed, so that restarts are quick and results repeat; measured by benchmarks/attention_gpu.py."""
+    if head_dim % 8 or not 8 <= head_dim <= 128:
+        raise ValueError(f"head width {head_dim}: the Triton kernels take multiples of 8 up to 128")
     return _TUNING[max(16, triton.next_power_of_2(head_dim))]
+
+
+class Tiles(NamedTuple):
+    """The work lists of the three kernels (`tile_table`), for one batch and one head width."""
+
+    forward: Tensor
+    dq: Tensor
+    dkdv: Tensor
+
+
+def make_tiles(cu_seqlens: Tensor, num_tokens: int, head_dim: int) -> Tiles:
+    """Once a batch, for all layers; on the device or, in the loader, on the host."""
+    tuned = tuning(head_dim)
+    keys = tuned.dkdv.block_n if tuned.mode != "serial" else num_tokens
+    tables = {b: tile_table(cu_seqlens, num_tokens, b) for b in (tuned.forward.block_m, tuned.dq.block_m, keys)}
+    return Tiles(tables[tuned.forward.block_m], tables[tuned.dq.block_m], tables[keys])
 
 
 def tile_table(cu_seqlens: Tensor, num_tokens: int, block: int) -> Tensor:
@@ -73,6 +96,7 @@ def tile_table(cu_seqlens: Tensor, num_tokens: int, block: int) -> Tensor:
 # Strides, N and H are constants, so that the compiler sees how far every row is aligned. HP: H padded to a power of 2.
 
 
+# fmt: off
 @triton.jit
 def _load(base, rows, length, STRIDE: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, CHECK: tl.constexpr):
     """(rows, HP) of a (tokens, H) matrix; columns from H on, and with CHECK rows from `length` on, read as 0."""
@@ -137,10 +161,9 @@ def _rotate_kernel(
 
 @triton.jit
 def _forward_step(
-    acc, top, total, q, K, V, first, length, scale_log2,
-    QK_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    BLOCK_N: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
+    acc, top, total, q, K, V, first, length, scale_log2, QK_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, H:
+    tl.constexpr, HP: tl.constexpr, BLOCK_N: tl.constexpr, LAST: tl.constexpr,
+):
     """One block of keys. top: running maximum of the scores in log2 units; total: running sum of the weights."""
     rows = first + tl.arange(0, BLOCK_N)
     k = _load(K, rows, length, QK_TOKEN, H, HP, LAST)
@@ -156,12 +179,12 @@ def _forward_step(
     return acc, new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _forward_kernel(
-    Q, K, V, OUT, LSE, TILES, num_tokens, scale_log2,
-    QK_TOKEN: tl.constexpr, QK_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
-    N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    Q, K, V, OUT, LSE, TILES, num_tokens, scale_log2, QK_TOKEN: tl.constexpr, QK_HEAD: tl.constexpr, V_TOKEN:
+    tl.constexpr, V_HEAD: tl.constexpr, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     head = tl.program_id(0) % N
     entry = TILES + (tl.program_id(0) // N) * 3
     start, length, first = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
@@ -193,10 +216,9 @@ def _forward_kernel(
 
 @triton.jit
 def _dq_step(
-    dq, q, dout, lse, delta, K, V, first, length, scale_log2,
-    QK_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    BLOCK_N: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
+    dq, q, dout, lse, delta, K, V, first, length, scale_log2, QK_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, H:
+    tl.constexpr, HP: tl.constexpr, BLOCK_N: tl.constexpr, LAST: tl.constexpr,
+):
     rows = first + tl.arange(0, BLOCK_N)
     k = _load(K, rows, length, QK_TOKEN, H, HP, LAST)
     v = _load(V, rows, length, V_TOKEN, H, HP, LAST)
@@ -207,14 +229,13 @@ def _dq_step(
     return tl.dot(dscores.to(k.dtype), k, dq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _dq_kernel(
-    Q, K, V, OUT, DOUT, LSE, DELTA, DQ, COS, SIN, TILES, num_tokens, scale, scale_log2,
-    QK_TOKEN: tl.constexpr, QK_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
-    N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROTARY: tl.constexpr,
-):  # fmt: skip
-    """dq of one tile of queries; also delta = rowsum(dout · out), which `_dkdv_kernel` reads."""
+    Q, K, V, OUT, DOUT, LSE, STATS, DQ, COS, SIN, TILES, num_tokens, scale, scale_log2, QK_TOKEN: tl.constexpr,
+    QK_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, N: tl.constexpr, H: tl.constexpr, HP:
+    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTARY: tl.constexpr,
+):
+    """dq of one tile of queries; and STATS (N, T, 2), lse and delta = rowsum(dout · out), for `_dkdv_kernel`."""
     head = tl.program_id(0) % N
     entry = TILES + (tl.program_id(0) // N) * 3
     start, length, first = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
@@ -228,18 +249,16 @@ def _dq_kernel(
     out = _load(OUT + (start * N + head) * H, queries, length, N * H, H, HP, True)
     dout = _load(DOUT + (start * N + head) * H, queries, length, N * H, H, HP, True)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    tl.store(DELTA + head * num_tokens + start + queries, delta, mask=real)
-    lse = tl.load(LSE + head * num_tokens + start + queries, mask=real, other=float("inf"))
+    row = head * num_tokens + start + queries
+    lse = tl.load(LSE + row, mask=real, other=0.0)
+    tl.store(STATS + row * 2, lse, mask=real)
+    tl.store(STATS + row * 2 + 1, delta, mask=real)
     dq = tl.zeros([BLOCK_M, HP], tl.float32)
     full = length // BLOCK_N * BLOCK_N
     for n in range(0, full, BLOCK_N):
-        dq = _dq_step(
-            dq, q, dout, lse, delta, K, V, n, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, BLOCK_N, False
-        )
+        dq = _dq_step(dq, q, dout, lse, delta, K, V, n, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, BLOCK_N, False)
     if length - full > BLOCK_N // 2:
-        dq = _dq_step(
-            dq, q, dout, lse, delta, K, V, full, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, BLOCK_N, True
-        )
+        dq = _dq_step(dq, q, dout, lse, delta, K, V, full, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, BLOCK_N, True)
     elif length > full:
         dq = _dq_step(
             dq, q, dout, lse, delta, K, V, full, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, BLOCK_N // 2, True
@@ -251,11 +270,30 @@ def _dq_kernel(
 
 
 @triton.jit
+def _load_stats(STATS, queries, length, BLOCK_M: tl.constexpr, WARPS: tl.constexpr):
+    """lse and delta of a block of queries, 0 past the end.
+
+    A load of fewer elements than threads would be repeated by every thread for each column it holds (34 loads a step
+    instead of one), hence both in one load, and twice for many warps.
+    """
+    if 2 * BLOCK_M >= 32 * WARPS:
+        pairs = STATS + queries[:, None] * 2 + tl.arange(0, 2)[None, :]
+        lse, delta = tl.split(tl.load(pairs, mask=queries[:, None] < length, other=0.0))
+    else:
+        pairs = STATS + queries[:, None] * 2 + tl.arange(0, 4)[None, :] % 2
+        twice = tl.load(pairs, mask=queries[:, None] < length, other=0.0)
+        lses, deltas = tl.split(tl.reshape(twice, [BLOCK_M, 2, 2]))
+        lse, _ = tl.split(lses)
+        delta, _ = tl.split(deltas)
+    return lse, delta
+
+
+@triton.jit
 def _key_block(
-    Q, K, V, DOUT, LSE, DELTA, SUM, DK, COS, SIN, first, length, scale, scale_log2,
-    QK_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTARY: tl.constexpr, MODE: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
+    Q, K, V, DOUT, STATS, SUM, DK, COS, SIN, first, length, scale, scale_log2, QK_TOKEN: tl.constexpr, V_TOKEN:
+    tl.constexpr, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, MODE: tl.constexpr, WARPS: tl.constexpr, LAST: tl.constexpr,
+):
     """dk and dv of one block of keys; scores stand transposed, so that they enter the products from registers.
 
     MODE "serial" and "atomic" also add this block's share of dq to SUM (tokens, HP) fp32.
@@ -270,8 +308,7 @@ def _key_block(
         real = queries < length
         q = _load(Q, queries, length, QK_TOKEN, H, HP, True)
         dout = _load(DOUT, queries, length, N * H, H, HP, True)
-        lse = tl.load(LSE + queries, mask=real, other=float("inf"))
-        delta = tl.load(DELTA + queries, mask=real, other=0.0)
+        lse, delta = _load_stats(STATS, queries, length, BLOCK_M, WARPS)
         weights = tl.exp2(tl.dot(k, tl.trans(q)) * scale_log2 - lse[None, :])
         if LAST:
             weights = tl.where(keys[:, None] < length, weights, 0.0)
@@ -293,13 +330,12 @@ def _key_block(
     _store(DK + H, keys, length, dv, 3 * N * H, H, HP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _dkdv_kernel(
-    Q, K, V, DOUT, LSE, DELTA, SUM, DQKV, COS, SIN, TILES, num_tokens, scale, scale_log2,
-    QK_TOKEN: tl.constexpr, QK_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
-    N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROTARY: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
+    Q, K, V, DOUT, STATS, SUM, DQKV, COS, SIN, TILES, num_tokens, scale, scale_log2, QK_TOKEN: tl.constexpr, QK_HEAD:
+    tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTARY: tl.constexpr, MODE: tl.constexpr, WARPS: tl.constexpr,
+):
     """MODE "split", "atomic": one program a tile of keys; "serial": one a sequence, dq written here too."""
     head = tl.program_id(0) % N
     entry = TILES + (tl.program_id(0) // N) * 3
@@ -311,34 +347,33 @@ def _dkdv_kernel(
     V += start * V_TOKEN + head * V_HEAD
     DOUT += (start * N + head) * H
     DQKV += (start * N + head) * 3 * H
-    LSE += head * num_tokens + start
-    DELTA += head * num_tokens + start
+    STATS += (head * num_tokens + start) * 2
     SUM += (head * num_tokens + start) * HP
     COS += start * (H // 2)
     SIN += start * (H // 2)
     if MODE == "serial":
         for n in range(0, length // BLOCK_N * BLOCK_N, BLOCK_N):
             _key_block(
-                Q, K, V, DOUT, LSE, DELTA, SUM, DQKV + H, COS, SIN, n, length, scale, scale_log2,
-                QK_TOKEN, V_TOKEN, N, H, HP, BLOCK_M, BLOCK_N, ROTARY, MODE, False,
-            )  # fmt: skip
+                Q, K, V, DOUT, STATS, SUM, DQKV + H, COS, SIN, n, length, scale, scale_log2, QK_TOKEN, V_TOKEN, N, H,
+                HP, BLOCK_M, BLOCK_N, ROTARY, MODE, WARPS, False,
+            )
             tl.debug_barrier()
         first = length // BLOCK_N * BLOCK_N
     if length - first >= BLOCK_N and MODE != "serial":
         _key_block(
-            Q, K, V, DOUT, LSE, DELTA, SUM, DQKV + H, COS, SIN, first, length, scale, scale_log2,
-            QK_TOKEN, V_TOKEN, N, H, HP, BLOCK_M, BLOCK_N, ROTARY, MODE, False,
-        )  # fmt: skip
+            Q, K, V, DOUT, STATS, SUM, DQKV + H, COS, SIN, first, length, scale, scale_log2, QK_TOKEN, V_TOKEN, N, H,
+            HP, BLOCK_M, BLOCK_N, ROTARY, MODE, WARPS, False,
+        )
     elif length - first > BLOCK_N // 2:
         _key_block(
-            Q, K, V, DOUT, LSE, DELTA, SUM, DQKV + H, COS, SIN, first, length, scale, scale_log2,
-            QK_TOKEN, V_TOKEN, N, H, HP, BLOCK_M, BLOCK_N, ROTARY, MODE, True,
-        )  # fmt: skip
+            Q, K, V, DOUT, STATS, SUM, DQKV + H, COS, SIN, first, length, scale, scale_log2, QK_TOKEN, V_TOKEN, N, H,
+            HP, BLOCK_M, BLOCK_N, ROTARY, MODE, WARPS, True,
+        )
     elif length > first:
         _key_block(
-            Q, K, V, DOUT, LSE, DELTA, SUM, DQKV + H, COS, SIN, first, length, scale, scale_log2,
-            QK_TOKEN, V_TOKEN, N, H, HP, BLOCK_M, BLOCK_N // 2, ROTARY, MODE, True,
-        )  # fmt: skip
+            Q, K, V, DOUT, STATS, SUM, DQKV + H, COS, SIN, first, length, scale, scale_log2, QK_TOKEN, V_TOKEN, N, H,
+            HP, BLOCK_M, BLOCK_N // 2, ROTARY, MODE, WARPS, True,
+        )
     if MODE == "serial":
         tl.debug_barrier()
         for m in range(0, length, BLOCK_M):
@@ -347,9 +382,9 @@ def _dkdv_kernel(
 
 @triton.jit
 def _finish_dq(
-    SUM, DQ, COS, SIN, first, length, scale,
-    N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr,
-):  # fmt: skip
+    SUM, DQ, COS, SIN, first, length, scale, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROTARY: tl.constexpr,
+):
     queries = first + tl.arange(0, BLOCK_M)
     dq = _load(SUM, queries, length, HP, HP, HP, True) * scale
     if ROTARY:
@@ -357,22 +392,22 @@ def _finish_dq(
     _store(DQ, queries, length, dq, 3 * N * H, H, HP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _finish_dq_kernel(
-    SUM, DQKV, COS, SIN, num_tokens, scale,
-    N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr,
-):  # fmt: skip
+    SUM, DQKV, COS, SIN, num_tokens, scale, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROTARY: tl.constexpr,
+):
     head = tl.program_id(0) % N
     start = (tl.program_id(0) // N).to(tl.int64) * BLOCK_M
     _finish_dq(
         SUM + (head * num_tokens + start) * HP, DQKV + (start * N + head) * 3 * H, COS + start * (H // 2),
         SIN + start * (H // 2), 0, num_tokens - start, scale, N, H, HP, BLOCK_M, ROTARY,
-    )  # fmt: skip
+    )
 
 
-@triton.jit
-def _delta_kernel(
-    OUT, DOUT, DELTA, num_tokens, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr
+@triton.jit(do_not_specialize=["num_tokens"])
+def _stats_kernel(
+    OUT, DOUT, LSE, STATS, num_tokens, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     head = tl.program_id(0) % N
     start = (tl.program_id(0) // N).to(tl.int64) * BLOCK_M
@@ -380,9 +415,13 @@ def _delta_kernel(
     out = _load(OUT + (start * N + head) * H, rows, num_tokens - start, N * H, H, HP, True)
     dout = _load(DOUT + (start * N + head) * H, rows, num_tokens - start, N * H, H, HP, True)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    tl.store(DELTA + head * num_tokens + start + rows, delta, mask=rows < num_tokens - start)
+    real = rows < num_tokens - start
+    row = head * num_tokens + start + rows
+    tl.store(STATS + row * 2, tl.load(LSE + row, mask=real), mask=real)
+    tl.store(STATS + row * 2 + 1, delta, mask=real)
 
 
+# fmt: on
 # -------------------------------------------------------------------------------------------------------- launches
 
 
@@ -412,9 +451,19 @@ def run_forward(qkv_TN3H: Tensor, qk_TN2H: Tensor, tiles: Tensor, config: Config
     out = qkv_TN3H.new_empty(T, N, H)
     lse = torch.empty(N, T, dtype=torch.float32, device=qkv_TN3H.device)
     _forward_kernel[(len(tiles) * N,)](
-        q, k, v, out, lse, tiles, T, H**-0.5 * math.log2(math.e), *constants, config.block_m, config.block_n,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        out,
+        lse,
+        tiles,
+        T,
+        H**-0.5 * math.log2(math.e),
+        *constants,
+        config.block_m,
+        config.block_n,
+        **config.launch(),
+    )
     return out, lse
 
 
@@ -436,23 +485,127 @@ def run_backward(
     padded, rotary = constants[-1], qk_TN2H.numel() > 0
     scale, scale_log2 = H**-0.5, H**-0.5 * math.log2(math.e)
     dqkv = torch.empty_like(qkv_TN3H)
-    delta = torch.empty_like(lse_NT)
-    total = lse_NT
+    stats = torch.empty(N, T, 2, dtype=torch.float32, device=lse_NT.device)
+    total = stats
     if tuned.mode == "split":
         c = tuned.dq
         _dq_kernel[(len(tiles_m) * N,)](
-            q, k, v, out_TNH, dout_TNH, lse_NT, delta, dqkv, cos, sin, tiles_m, T, scale, scale_log2, *constants,
-            c.block_m, c.block_n, rotary, num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            out_TNH,
+            dout_TNH,
+            lse_NT,
+            stats,
+            dqkv,
+            cos,
+            sin,
+            tiles_m,
+            T,
+            scale,
+            scale_log2,
+            *constants,
+            c.block_m,
+            c.block_n,
+            rotary,
+            **c.launch(),
+        )
     else:
-        _delta_kernel[(triton.cdiv(T, 128) * N,)](out_TNH, dout_TNH, delta, T, N, H, padded, 128)
+        _stats_kernel[(triton.cdiv(T, 128) * N,)](out_TNH, dout_TNH, lse_NT, stats, T, N, H, padded, 128)
         new = torch.zeros if tuned.mode == "atomic" else torch.empty
         total = new(N, T, padded, dtype=torch.float32, device=lse_NT.device)
     c = tuned.dkdv
     _dkdv_kernel[(len(tiles_n) * N,)](
-        q, k, v, dout_TNH, lse_NT, delta, total, dqkv, cos, sin, tiles_n, T, scale, scale_log2, *constants,
-        c.block_m, c.block_n, rotary, tuned.mode, num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        dout_TNH,
+        stats,
+        total,
+        dqkv,
+        cos,
+        sin,
+        tiles_n,
+        T,
+        scale,
+        scale_log2,
+        *constants,
+        c.block_m,
+        c.block_n,
+        rotary,
+        tuned.mode,
+        c.num_warps,
+        **c.launch(),
+    )
     if tuned.mode == "atomic":
         _finish_dq_kernel[(triton.cdiv(T, 64) * N,)](total, dqkv, cos, sin, T, scale, N, H, padded, 64, rotary)
     return dqkv
+
+
+# -------------------------------------------------------------------------------------------------------------- op
+
+
+@torch.library.custom_op("moltron::packed_attention", mutates_args=())
+def _packed_attention(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, forward: Tensor, dq: Tensor, dkdv: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(qkv):
+        qk = qkv.new_empty(0) if cos is None or sin is None else rotate(qkv, cos, sin)
+        out, lse = run_forward(qkv, qk, forward, tuning(qkv.shape[-1]).forward)
+    return out, lse, qk
+
+
+@_packed_attention.register_fake
+def _(qkv, cos, sin, forward, dq, dkdv):
+    T, N, _, H = qkv.shape
+    lse = qkv.new_empty(N, T, dtype=torch.float32)
+    return qkv.new_empty(T, N, H), lse, qkv.new_empty(0) if cos is None else qkv.new_empty(T, N, 2, H)
+
+
+@torch.library.custom_op("moltron::packed_attention_backward", mutates_args=())
+def _packed_attention_backward(
+    qkv: Tensor,
+    qk: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    dq: Tensor,
+    dkdv: Tensor,
+) -> Tensor:
+    cos, sin = (lse, lse) if cos is None or sin is None else (cos, sin)  # without rotation nothing reads them
+    with torch.cuda.device_of(qkv):
+        return run_backward(qkv, qk, out, lse, dout.contiguous(), cos, sin, dq, dkdv, tuning(qkv.shape[-1]))
+
+
+@_packed_attention_backward.register_fake
+def _(qkv, qk, out, lse, dout, cos, sin, dq, dkdv):
+    return torch.empty_like(qkv)
+
+
+def _save(ctx, inputs, output) -> None:
+    qkv, cos, sin, _, dq, dkdv = inputs
+    out, lse, qk = output
+    ctx.mark_non_differentiable(lse, qk)
+    ctx.save_for_backward(qkv, qk, out, lse, cos, sin, dq, dkdv)
+
+
+def _backward(ctx, dout, *_):
+    qkv, qk, out, lse, cos, sin, dq, dkdv = ctx.saved_tensors
+    dqkv = torch.ops.moltron.packed_attention_backward(qkv, qk, out, lse, dout, cos, sin, dq, dkdv)
+    return dqkv, None, None, None, None, None
+
+
+_packed_attention.register_autograd(_backward, setup_context=_save)
+
+
+def packed_attention(qkv_TN3H: Tensor, tiles: Tiles, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Softmax(q kᵀ / √H) v within each sequence, bidirectional; q and k are rotated first if `rotary` is given.
+
+    qkv_TN3H: (T, N, 3, H) fp16 or bf16, as the projection wrote it. tiles: `make_tiles` of the batch. rotary: cosine
+    and sine of every token, (T, H/2) or (T, 1, H/2) fp32, `positions.rotary_table`. Returns (T, N, H) in the dtype of
+    qkv; its gradient is one (T, N, 3, H) tensor.
+    """
+    cos, sin = (x.flatten(1) for x in rotary) if rotary is not None else (None, None)
+    return torch.ops.moltron.packed_attention(qkv_TN3H.contiguous(), cos, sin, *tiles)[0]
