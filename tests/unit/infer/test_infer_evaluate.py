@@ -1,0 +1,80 @@
+"""Loss of a file: masks are a function of (seed 0, index), whatever the packs; as torch's cross-entropy says."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from moltron import load_model
+from moltron.cli.main import main
+from moltron.config.schema import EvaluateConfig, ObjectiveConfig, PrepareConfig
+from moltron.data.prepare import prepare
+from moltron.infer.evaluate import evaluate_batches, evaluate_file
+from moltron.models.batch import PackedBatch
+from moltron.objectives import get_objective
+
+RESIDUES = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
+
+
+@pytest.fixture
+def records():
+    rng = np.random.default_rng(0)
+    return [(f"P{i}", "".join(rng.choice(RESIDUES, rng.integers(1, 90)))) for i in range(40)]
+
+
+def test_loss_is_that_of_each_sequence_alone(model_folder, fasta, records):
+    model = load_model(model_folder, "cpu")
+    objective = get_objective(ObjectiveConfig(), model.tokenizer, 0)
+    total, targets = 0.0, 0
+    short = [(record_id, sequence[:64]) for record_id, sequence in records]
+    for index, (_, sequence) in enumerate(short):
+        ids = model.tokenizer.encode(sequence)
+        batch = PackedBatch.pack(
+            ids, np.array([len(ids)]), tokens=128, pad_id=1, max_length=66, records=np.array([index])
+        )
+        batch = objective.corrupt(batch, 0)
+        chosen = batch.targets >= 0
+        logits = model.module(batch).logits[chosen]
+        total += torch.nn.functional.cross_entropy(logits, batch.targets[chosen], reduction="sum").item()
+        targets += int(chosen.sum())
+    result = evaluate_file(EvaluateConfig(model=model_folder, input=fasta(short), device="cpu"))
+    assert result["targets"] == targets and result["sequences"] == 40
+    assert result["loss"] == pytest.approx(total / targets, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+
+
+def test_packs_do_not_matter_and_long_records_are_cropped(model_folder, fasta, records):
+    source = fasta(records)
+    results = [
+        evaluate_file(EvaluateConfig(model=model_folder, input=source, device="cpu", tokens=tokens))
+        for tokens in (64, 128, 4096)
+    ]
+    for result in results[1:]:
+        assert result["targets"] == results[0]["targets"]
+        assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
+
+
+def test_a_prepared_split_and_its_fasta_agree(model_folder, fasta, records, tmp_path, capsys):
+    source = fasta(records)
+    prepare(PrepareConfig(input=source, output=str(tmp_path / "data"), duplicates="keep"))
+    arguments = ["evaluate", f"model={model_folder}", "device=cpu"]
+    assert main([*arguments, f"input={tmp_path / 'data' / 'train.arrow'}"]) == 0
+    prepared = json.loads(capsys.readouterr().out)
+    assert main([*arguments, f"input={source}"]) == 0
+    assert set(prepared) == {"loss", "perplexity", "targets", "sequences"}
+    assert json.loads(capsys.readouterr().out) == pytest.approx(prepared, rel=1e-6)
+
+
+def test_a_broken_record_is_an_error_with_its_line(model_folder, fasta):
+    with pytest.raises(ValueError, match=r"line 3, record 'b'"):
+        evaluate_file(EvaluateConfig(model=model_folder, input=fasta([("a", "MKT"), ("b", "---")]), device="cpu"))
+
+
+def test_evaluate_batches_leaves_the_model_as_it_was(model_folder):
+    model = load_model(model_folder, "cpu")
+    model.module.train()
+    objective = get_objective(ObjectiveConfig(), model.tokenizer, 0)
+    loss, count = evaluate_batches(model.module, [], objective)
+    assert model.module.training and (loss, count) == (0, 0)
