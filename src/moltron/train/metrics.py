@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,7 +177,7 @@ def _start_wandb(run_dir: Path, logging: LoggingConfig, config: dict[str, Any]) 
         ) from None
     marker = run_dir / "wandb_id"
     if not marker.exists():
-        marker.write_text(wandb.util.generate_id(), encoding="utf-8")
+        marker.write_text(secrets.token_hex(4), encoding="utf-8")
     return wandb.init(
         project=logging.wandb_project,
         mode=logging.wandb,  # type: ignore[arg-type]

@@ -1,0 +1,83 @@
+"""The metrics file survives a torn line and a rewind; clocks and rates add up; the picture is drawn."""
+
+import json
+import sys
+
+import pytest
+
+from moltron.config.schema import LoggingConfig
+from moltron.train import metrics
+from moltron.train.metrics import Meter, MetricsFile, Sinks, draw_loss_curve, peak_flops, perplexity
+
+
+def test_rewind_drops_a_torn_line_and_the_future(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    assert file.rewind(0) == []
+    for step in (2, 4, 6):
+        file.append({"step": step, "train_loss": 1.0})
+    with open(file.path, "a") as torn:
+        torn.write('{"step": 8, "tr')
+    assert [line["step"] for line in file.read()] == [2, 4, 6]
+    assert [line["step"] for line in file.rewind(4)] == [2, 4]
+    file.append({"step": 6, "train_loss": 2.0})
+    assert [json.loads(text)["step"] for text in file.path.read_text().splitlines()] == [2, 4, 6]
+
+
+def test_meter_rates(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 10.0, 10.0]).__next__
+    monkeypatch.setattr(metrics.time, "perf_counter", clock)
+    meter = Meter(tokens=100)
+    with meter.part("eval"):  # 2 seconds
+        pass
+    meter.add(tokens=800, padded=1000, squares=800 * 30.0)
+    assert meter.effective_length == 30
+    rates = meter.rates()
+    assert rates["tokens_per_second"] == 800 / 8  # 10 seconds without 2 of evaluation
+    assert rates["padded_tokens_per_second"] == 1000 / 8
+    assert (rates["share_eval"], rates["data_wait"]) == (0.2, 0.0)
+    assert rates["share_compute"] == pytest.approx(0.8)
+    assert meter.tokens == 900
+    assert meter.window_tokens == 0
+
+
+def test_peak_flops_by_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 9.89e14
+    assert peak_flops("NVIDIA H100 PCIe") == 7.56e14
+    assert peak_flops("NVIDIA L40S") == 3.62e14
+    assert peak_flops("Some CPU") is None
+
+
+def test_perplexity_stays_a_number():
+    assert perplexity(0.0) == 1.0
+    assert json.loads(json.dumps(perplexity(1e9))) > 1e300
+
+
+def test_sinks_write_tensorboard_and_picture(tmp_path):
+    sinks = Sinks(tmp_path, LoggingConfig(tensorboard=True), {}, step=0)
+    sinks.write({"step": 1, "train_loss": 3.0, "val_loss": None})
+    sinks.write({"step": 2, "train_loss": 2.0, "val_loss": 2.5})
+    sinks.draw()
+    sinks.close()
+    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_wandb_offline(tmp_path):
+    pytest.importorskip("wandb")
+    sinks = Sinks(tmp_path, LoggingConfig(tensorboard=False, wandb="offline"), {"lr": 1}, step=0)
+    sinks.write({"step": 1, "train_loss": 3.0})
+    sinks.close()
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    assert (tmp_path / "wandb_id").read_text()
+
+
+def test_wandb_missing_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        Sinks(tmp_path, LoggingConfig(tensorboard=False, wandb="offline"), {}, step=0)
+
+
+def test_a_picture_of_nothing(tmp_path):
+    draw_loss_curve([], tmp_path / "loss_curve.png")
+    assert (tmp_path / "loss_curve.png").exists()

@@ -1,0 +1,91 @@
+"""The configuration is judged as a whole, with numbers and the fix; what defines a run is told from what does not."""
+
+import dataclasses
+
+import pytest
+
+from moltron.config.compose import schema_fields
+from moltron.config.schema import TrainConfig
+from moltron.train.setup import FREE, differences, validate
+
+MODEL = {"family": "esm2", "hidden_size": 32, "num_layers": 1, "num_heads": 2, "ffn_size": 64}
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "train.arrow").touch()
+    result = TrainConfig(run_dir=str(tmp_path / "run"), model=dict(MODEL))
+    result.data.path = str(tmp_path / "store")
+    return result
+
+
+def test_the_defaults_are_valid(config):
+    assert validate(config, world=1) == []
+    assert validate(config, world=8) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("batch", "packs", 6, "batch.packs=6 cannot be shared equally by 4 processes: set batch.packs=8"),
+        ("batch", "tokens", 512, "batch.tokens=512 < data.max_length=1024: raise batch.tokens or lower"),
+        ("data", "max_length", 2, "leaves no residue beside 2 special tokens"),
+        ("data", "path", "/nowhere", "data.path=/nowhere has no train.arrow: give a folder that `moltron prepare`"),
+        ("train", "max_steps", 0, "train.max_steps=0 must be greater than 0"),
+        ("train", "eval_packs", 0, "train.eval_packs=0 must be greater than 0"),
+        ("train", "precision", "fp8", "train.precision=fp8 is unknown: choose one of auto, fp32, bf16, fp16"),
+        ("train", "nonfinite", "go", "train.nonfinite=go is unknown"),
+        ("optim", "name", "adam", "optim.name=adam is unknown: choose one of adamw, muon"),
+        ("optim", "lr", float("nan"), "optim.lr=nan must be greater than 0"),
+        ("optim", "betas", (0.9, 1.0), "optim.betas[1]=1.0 must be in [0, 1)"),
+        ("optim", "weight_decay", -1, "optim.weight_decay=-1 must not be negative"),
+        ("objective", "name", "causal", "objective.name=causal does not suit esm2: choose masked_lm"),
+        ("logging", "wandb", "yes", "logging.wandb=yes is unknown"),
+    ],
+)
+def test_one_problem(config, section, key, value, words):
+    setattr(getattr(config, section), key, value)
+    assert [words in problem for problem in validate(config, world=4)] == [True]
+
+
+def test_model_problems(config):
+    config.model = {}
+    assert validate(config, 1) == [
+        "model is missing: choose a preset with --config-name, or model=esm2_8M, or init=WHAT"
+    ]
+    config.model = {**MODEL, "num_heads": 3, "depth": 4}
+    assert len(validate(config, 1)) == 2
+    config.model = {**MODEL, "family": "esm1"}
+    config.data.max_length = 2000
+    (problem,) = validate(config, 1)
+    assert "data.max_length=2000 > model.max_positions=" in problem
+    config.model = dict(MODEL)  # rotary positions have no end
+    assert validate(config, 1) == []
+
+
+def test_noam_needs_a_warm_up(config):
+    config.optim.schedule.name, config.optim.schedule.warmup_steps = "noam", 0
+    (problem,) = validate(config, 1)
+    assert "warmup_steps > 0" in problem
+
+
+def test_every_key_is_either_free_or_defines_the_run(config):
+    """Change each key in turn; only what FREE names may go unnoticed."""
+    keys = [key for key, _ in schema_fields(TrainConfig)]
+    assert len(keys) > 40
+    for key in keys:
+        other = TrainConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)})
+        *sections, last = key.split(".")
+        parent = other
+        for section in sections:
+            copy = dataclasses.replace(getattr(parent, section))
+            setattr(parent, section, copy)
+            parent = copy
+        setattr(parent, last, {"changed": 1} if key == "model" else "changed")
+        assert bool(differences(config, other)) == (not key.startswith(FREE)), key
+
+
+def test_tuples_from_yaml_are_no_difference(config):
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, betas=[0.9, 0.98]))
+    assert differences(config, other) == []
