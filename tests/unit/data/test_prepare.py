@@ -118,10 +118,10 @@ def test_nothing_stays_open(tmp_path):
     gc.disable()  # which would close what was forgotten
     try:
         run(tmp_path, made_up(5))
+        opened = filter(os.path.islink, Path("/proc/self/fd").iterdir())
+        assert not [link for link in map(os.readlink, opened) if str(tmp_path) in link]
     finally:
         gc.enable()
-    opened = filter(os.path.islink, Path("/proc/self/fd").iterdir())
-    assert not [link for link in map(os.readlink, opened) if str(tmp_path) in link]
 
 
 # ---- splits
