@@ -5,10 +5,13 @@ vectors = load_model("runs/esm2_8M").embed(["MKTAYIAKQRQISFVKSHFSRQ"])
 """
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-__version__ = version("moltron")
+try:
+    __version__ = version("moltron")
+except PackageNotFoundError:  # src/ on the path, not installed
+    __version__ = "0+source"
 __all__ = ["__version__", "load_model"]
 
 
