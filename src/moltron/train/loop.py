@@ -107,10 +107,11 @@ class Trainer:
             skip_nonfinite=config.train.nonfinite == "skip",
             sync_each=config.parallel.reshard_after_forward,
         )
-        sizes = dict(tokens=config.batch.tokens, max_length=config.data.max_length)
+        tokens, max_length = config.batch.tokens, config.data.max_length
         plan = BatchPlan(
             run.train_store,
-            **sizes,
+            tokens,
+            max_length,
             num_specials=run.tokenizer.num_specials,
             window=config.data.window,
             seed=config.train.seed,
@@ -134,7 +135,8 @@ class Trainer:
                 run.tokenizer,
                 config.objective,
                 run.device,
-                **sizes,
+                tokens=tokens,
+                max_length=max_length,
                 packs=config.train.eval_packs,
             )
         self.sinks = None

@@ -62,7 +62,7 @@ class Meter:
         self.began = time.perf_counter()
         self.window_tokens = self.window_padded = 0
         self.window_squares = 0.0
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -167,7 +167,8 @@ class TrainStep:
         """The norm of the whole gradient, over all ranks, the loss scale taken out; 0-dim on the device."""
         gradients = [p.grad for p in self.optimizer.parameters if p.grad is not None]
         if self.scaler is not None:
-            torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
+            for gradient in gradients:
+                gradient.mul_(1.0 / self.scaler.scale)
         norm = torch.nn.utils.get_total_norm(gradients)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
 
