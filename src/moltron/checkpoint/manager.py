@@ -154,7 +154,8 @@ class CheckpointManager:
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"checkpoint.keep_last={keep_last} must be ≥ 1 and checkpoint.keep_best={keep_best} ≥ 0")
         self.folder, self.keep_last, self.keep_best = Path(folder), keep_last, keep_best
-        self.rank, self.world, self.group = 0, 1, None
+        self.rank, self.world = 0, 1
+        self.group: Any = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
             self.group = dist.new_group(backend="gloo")

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -96,7 +97,7 @@ def write_shard(path: Path, chunks: Mapping[str, Chunk]) -> dict:
 
         write(memoryview(struct.pack("<Q", len(head)) + head))
         for name in order:
-            write(memoryview(chunks[name][0].reshape(-1).view(torch.uint8).numpy()))
+            write(chunks[name][0].reshape(-1).view(torch.uint8).numpy().data)
         os.fsync(file.fileno())
     return {"size": 8 + len(head) + position, "sha256": digest.hexdigest()}
 
@@ -112,4 +113,4 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.Process
     reader = HuggingFaceStorageReader(str(folder))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
-        dcp.load(state, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+        load(state, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)

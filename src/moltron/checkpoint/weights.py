@@ -281,8 +281,9 @@ def save_pretrained(
     folder = Path(folder).expanduser()
     if format not in ("moltron", "huggingface"):
         raise ValueError(f"format={format!r} must be huggingface or moltron")
-    if isinstance(getattr(model, "head", None), MissingHead):
-        raise ValueError(f"{model.head.source} has no language-model head: it cannot be written as a masked LM")
+    head = getattr(model, "head", None)
+    if isinstance(head, MissingHead):
+        raise ValueError(f"{head.source} has no language-model head: it cannot be written as a masked LM")
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     weights: Iterable[tuple[str, Tensor]] = state.items()
     if format == "huggingface":

@@ -206,6 +206,7 @@ def test_a_damaged_file_is_refused_and_fetched_anew(tmp_path, hub, name):
     hub.files[name] = original[:-1] + bytes([original[-1] ^ 1])
     with pytest.raises(ValueError, match=rf"{name}: does not match the hub's (sha256|git):"):
         fetch("esm2_8M", tmp_path, endpoint=hub.endpoint)
+    assert not list(tmp_path.rglob("model.safetensors")) or name == "vocab.txt"  # no other program finds it either
     with pytest.raises(ValueError, match="offline=true"):
         fetch("esm2_8M", tmp_path, offline=True)
     hub.files[name] = original

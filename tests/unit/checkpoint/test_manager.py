@@ -133,6 +133,18 @@ def test_a_damaged_one_does_not_push_out_the_good(tmp_path):
     assert names(tmp_path) == ["step-00000005"]
 
 
+def test_a_damaged_one_is_not_counted(tmp_path):
+    manager = CheckpointManager(tmp_path, keep_last=2, keep_best=0)
+    for step in (1, 5):
+        manager.save(step, make_state(step), {})
+    manager.wait()
+    damage_tail(tmp_path / "step-00000005" / "shard-00001-of-00001.safetensors")
+    assert manager.find_latest().name == "step-00000001"
+    manager.save(6, make_state(6), {})
+    manager.wait()
+    assert names(tmp_path) == ["step-00000001", "step-00000005", "step-00000006"]  # the damaged one is left to the user
+
+
 def test_pruning_keeps_last_and_best(tmp_path):
     manager = CheckpointManager(tmp_path, keep_last=2, keep_best=1)
     for step, metric in enumerate([5.0, 1.0, 4.0, float("nan"), None, 3.0], start=1):
@@ -221,6 +233,21 @@ def test_arguments(tmp_path):
         manager.save(1, {}, {"x": torch.ones(1)})
     with pytest.raises(ValueError, match="complex64"):
         manager.save(1, {"model.x": torch.ones(1, dtype=torch.complex64)}, {})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_state_is_staged_before_save_returns(tmp_path):
+    manager = CheckpointManager(tmp_path)
+    state = {f"model.{i}": torch.full((1000, 1000), float(i), device="cuda") for i in range(20)}
+    for step in (1, 2):
+        manager.save(step, state, {})
+        for tensor in state.values():
+            tensor += 1
+    restored = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    manager.restore(manager.find_latest(), restored)
+    for i in range(20):
+        assert (restored[f"model.{i}"] == i + 1).all()
 
 
 # ------------------------------------------------------------------------------------------------------ several ranks
