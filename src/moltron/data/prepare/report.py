@@ -68,5 +68,6 @@ def draw_lengths(path: Path, splits: dict[str, Statistics], alphabet: str) -> No
             f"{name}: {statistics.lengths.sum():,} records, {statistics.letters.sum():,} letters", loc="left"
         )
         axes.set_ylabel("records")
-        axes.set_xlabel("residues" if alphabet == "protein" else "characters of SMILES")
+        letters = "residues" if alphabet == "protein" else "characters of SMILES"
+        axes.set_xlabel(f"{letters}; the last bar holds all from {end}")
     figure.savefig(path, dpi=120)
