@@ -13,14 +13,24 @@ import torch
 from moltron.train.loop import train
 
 TRAIN_ALL = """
-import json, sys
+import json, os, signal, sys
 from moltron.config.compose import load_config
 from moltron.config.schema import TrainConfig
 from moltron.parallel import collectives
 from moltron.train.loop import train
+from moltron.train.step import TrainStep
 collectives.shutdown, shutdown = lambda: None, collectives.shutdown  # one group for all runs
-for arguments in json.loads(sys.argv[1]):
-    train(load_config(TrainConfig, arguments))
+*jobs, last = [load_config(TrainConfig, arguments) for arguments in json.loads(sys.argv[1])]
+for config in jobs:
+    train(config)
+real = TrainStep.__call__
+def call(self, step, *args, **kwargs):
+    if step == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return real(self, step, *args, **kwargs)
+TrainStep.__call__ = call
+result = train(last)
+assert (result.reason, result.exit_code) == ("interrupted", 75) and result.step <= 4, result
 shutdown()
 """
 SHORT = ("train.max_steps=3", "train.log_every=1", "train.eval_every=3", "checkpoint.every=2", "checkpoint.keep_last=9")
@@ -38,7 +48,8 @@ def both(tmp_path_factory, arguments, tiny_config):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    jobs = json.dumps([arguments(folder / "two" / name, *keys) for name, keys in RUNS.items()])
+    jobs = [arguments(folder / "two" / name, *keys) for name, keys in RUNS.items()]
+    jobs += [arguments(folder / "two" / "stopped", "train.max_steps=50", "train.eval_every=50", "checkpoint.every=50")]
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -48,7 +59,7 @@ def both(tmp_path_factory, arguments, tiny_config):
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", TRAIN_ALL, jobs],
+            [sys.executable, "-c", TRAIN_ALL, json.dumps(jobs)],
             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -83,6 +94,11 @@ def test_two_ranks_are_one_process(both, read_lines, read_state, name, tolerance
     for key in expected:
         if key.startswith("model."):
             torch.testing.assert_close(state[key], expected[key], rtol=0, atol=5e-3 if name == "muon" else 2e-5)
+
+
+def test_a_signal_to_one_rank_stops_both_at_one_step(both, read_state):
+    step, meta, _ = read_state(both / "two" / "stopped")
+    assert step == meta["step"] == meta["updates"] in (3, 4)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
