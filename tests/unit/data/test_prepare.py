@@ -227,6 +227,18 @@ def test_split_column_rules_and_records_in_no_cluster_are_their_own(tmp_path):
         run(tmp_path, given, val_size=1, overwrite=True, **options)
 
 
+def test_split_column_keeps_test_whole(tmp_path):
+    records = [("a", "MKT"), ("b", "MKT"), ("c", "MKA"), ("d", "MKT"), ("e", "MKT"), ("f", "MKC")]
+    splits = ["train", "test", "val", "val", "test", "train"]
+    (tmp_path / "t.tsv").write_text(
+        "id\tcl\tsplit\n" + "".join(f"{r[0]}\t{r[0]}\t{s}\n" for r, s in zip(records, splits))
+    )
+    output, _ = run(tmp_path, records, clusters=str(tmp_path / "t.tsv"), cluster_column="cl")
+    assert [list(content(output, split)) for split in ("train", "val", "test")] == [["f"], ["c"], ["b"]]
+    leak, equal = "sequence equal to one in val or test", "sequence equal to an earlier one"
+    assert rejects(output) == [("1", "a", leak), ("7", "d", leak), ("9", "e", equal)]
+
+
 @pytest.mark.parametrize(
     ("text", "column", "match"),
     [

@@ -40,7 +40,8 @@ def decide(spool: Spool, config: PrepareConfig, table: Assignment | None, mappin
     """One place for all rules; each step sees only what the ones before it kept.
 
     1. An id names one record of an input: later ones are rejected.
-    2. Equal sequences of one input (with a mapping: of one cluster): all but the first are dropped, if so configured.
+    2. Equal sequences of one input (with a mapping: of one cluster; with a column `split`: of one split): all but the
+       first are dropped, if so configured.
     3. val and test are drawn by a hash of (seed, id): whole clusters where there are any, else distinct sequences; with
        a mapping val and test get the drawn clusters' UniRef50 sequence and train the other clusters' members.
     4. A sequence that is in test leaves val and train, one that is in val leaves train.
@@ -57,6 +58,8 @@ def decide(spool: Spool, config: PrepareConfig, table: Assignment | None, mappin
         reason[(spool.role == TRAIN) & ~mapping.mapped & (reason == KEPT)] = UNMAPPED
         # each UniRef50 record is a scope of its own: it stands for its cluster, whatever its sequence
         scope = np.where(is_member, len(rows) + mapping.owner, np.where(spool.role == TRAIN, rows, -1 - scope))
+    elif table is not None and table.split is not None:
+        scope = scope + 4 * table.split.astype(np.uint8)  # as with files: of equal ones train gives way, not the first
     alive = np.flatnonzero(reason == KEPT)
     if len(alive) == len(leader):  # the usual case, without copies
         leader = first_of_equals(_within(spool.sequence_keys, scope))
