@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from moltron.checkpoint.download import REPOSITORIES
 from moltron.cli.main import COMMANDS
 from moltron.config.compose import preset_names, schema_fields
 from moltron.config.schema import TrainConfig
@@ -95,3 +96,8 @@ def test_the_model_page_states_the_counts_of_the_presets():
     for file in sorted((ROOT / "src/moltron/configs/model").glob("*.yaml")):
         count = re.match(r"# ([\d,]+) parameters", file.read_text())
         assert count and re.search(rf"`{file.stem}`.*\b{count[1]}\b", page), file.stem
+
+
+def test_the_model_page_names_every_download():
+    page = (ROOT / "docs/models.md").read_text()
+    assert [name for name in REPOSITORIES if f"`{name}`" not in page] == []
