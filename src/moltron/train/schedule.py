@@ -16,6 +16,7 @@ from moltron.config.schema import ScheduleConfig
 Schedule = Callable[[int], float]
 
 NAMES = ("cosine", "linear", "warmup_anneal_hold", "noam", "inverse_sqrt", "constant")
+DECAYING = ("cosine", "linear", "warmup_anneal_hold")  # whose rates depend on where the decay ends
 
 
 def build_schedule(config: ScheduleConfig, lr: float, max_steps: int, hidden_size: int) -> Schedule:

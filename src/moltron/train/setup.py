@@ -289,7 +289,13 @@ def _check_same_run(config: TrainConfig, folder: Path, stores: dict[str, Store])
         if list_checkpoints(folder / "checkpoints"):
             raise ValueError(f"{folder} has checkpoints but no config.yaml: restore it, or choose another run_dir")
         return
-    found = differences(load_yaml(TrainConfig, saved.read_text(encoding="utf-8")), config)
+    before = load_yaml(TrainConfig, saved.read_text(encoding="utf-8"))
+    found = differences(before, config)
+    steps, sched = (before.train.max_steps, config.train.max_steps), config.optim.schedule
+    if steps[0] != steps[1] and sched.decay_steps is None and sched.name in schedule.DECAYING:
+        log.warning(
+            "train.max_steps %d → %d moves the end of the %s decay (optim.schedule.decay_steps)", *steps, sched.name
+        )
     data = read_json(folder / "manifest.json")["data"] if (folder / "manifest.json").is_file() else {}
     for split, store in stores.items():
         if data.get(split, store.fingerprint) != store.fingerprint:
