@@ -57,8 +57,8 @@ def variants(head_dim: int) -> dict[str, list[Config]]:
                 Config(128, 128, 8), Config(64, 128, 8, 2, 128), Config(64, 64, 4, 3),
             ],
             "serial": [
-                Config(64, 64, 4, 2, 168), Config(64, 64, 4), Config(64, 128, 8), Config(64, 128, 8, 2, 128),
-                Config(128, 128, 8), Config(64, 64, 4, 2, 128),
+                Config(64, 64, 4), Config(64, 64, 4, 2, 128), Config(64, 128, 8), Config(64, 128, 8, 2, 128),
+                Config(128, 128, 8), Config(32, 128, 4),
             ],
             "atomic": [Config(64, 64, 4), Config(64, 64, 4, 2, 128), Config(64, 128, 8), Config(64, 128, 8, 2, 128)],
         }  # fmt: skip

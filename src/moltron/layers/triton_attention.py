@@ -97,6 +97,12 @@ def tile_table(cu_seqlens: Tensor, num_tokens: int, block: int) -> Tensor:
 
 
 # fmt: off
+@triton.constexpr_function
+def _half(block_n):
+    """The narrower block for a short rest of a sequence; below 64 keys the tensor cores take slower instructions."""
+    return block_n // 2 if block_n >= 128 else 0
+
+
 @triton.jit
 def _load(base, rows, length, STRIDE: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, CHECK: tl.constexpr):
     """(rows, HP) of a (tokens, H) matrix; columns from H on, and with CHECK rows from `length` on, read as 0."""
@@ -141,7 +147,7 @@ def _unrotate(x, COS, SIN, rows, length, H: tl.constexpr, HP: tl.constexpr):
 
 @triton.jit
 def _rotate_kernel(
-    QKV, COS, SIN, OUT, num_rows, N: tl.constexpr, H: tl.constexpr, HALF_P: tl.constexpr, ROWS: tl.constexpr
+    QKV, COS, SIN, OUT, num_rows, N: tl.constexpr, H: tl.constexpr, HALF_P: tl.constexpr, ROWS: tl.constexpr,
 ):
     """q and k of every token and head, row by row: (x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin)."""
     HALF: tl.constexpr = H // 2
@@ -161,8 +167,8 @@ def _rotate_kernel(
 
 @triton.jit
 def _forward_step(
-    acc, top, total, q, K, V, first, length, scale_log2, QK_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, H:
-    tl.constexpr, HP: tl.constexpr, BLOCK_N: tl.constexpr, LAST: tl.constexpr,
+    acc, top, total, q, K, V, first, length, scale_log2, QK_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr,
+    H: tl.constexpr, HP: tl.constexpr, BLOCK_N: tl.constexpr, LAST: tl.constexpr,
 ):
     """One block of keys. top: running maximum of the scores in log2 units; total: running sum of the weights."""
     rows = first + tl.arange(0, BLOCK_N)
@@ -181,9 +187,9 @@ def _forward_step(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _forward_kernel(
-    Q, K, V, OUT, LSE, TILES, num_tokens, scale_log2, QK_TOKEN: tl.constexpr, QK_HEAD: tl.constexpr, V_TOKEN:
-    tl.constexpr, V_HEAD: tl.constexpr, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    Q, K, V, OUT, LSE, TILES, num_tokens, scale_log2, QK_TOKEN: tl.constexpr, QK_HEAD: tl.constexpr,
+    V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     head = tl.program_id(0) % N
     entry = TILES + (tl.program_id(0) // N) * 3
@@ -197,18 +203,19 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, HP], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    HALF: tl.constexpr = _half(BLOCK_N)
     full = length // BLOCK_N * BLOCK_N
     for n in range(0, full, BLOCK_N):
         acc, top, total = _forward_step(
             acc, top, total, q, K, V, n, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, BLOCK_N, False
         )
-    if length - full > BLOCK_N // 2:
+    if length - full > HALF:
         acc, top, total = _forward_step(
             acc, top, total, q, K, V, full, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, BLOCK_N, True
         )
-    elif length > full:
+    elif HALF > 0 and length > full:
         acc, top, total = _forward_step(
-            acc, top, total, q, K, V, full, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, BLOCK_N // 2, True
+            acc, top, total, q, K, V, full, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, HALF, True
         )
     _store(OUT + (start * N + head) * H, queries, length, acc / total[:, None], N * H, H, HP)
     tl.store(LSE + head * num_tokens + start + queries, top + tl.log2(total), mask=queries < length)
@@ -216,8 +223,8 @@ def _forward_kernel(
 
 @triton.jit
 def _dq_step(
-    dq, q, dout, lse, delta, K, V, first, length, scale_log2, QK_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, H:
-    tl.constexpr, HP: tl.constexpr, BLOCK_N: tl.constexpr, LAST: tl.constexpr,
+    dq, q, dout, lse, delta, K, V, first, length, scale_log2, QK_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr,
+    H: tl.constexpr, HP: tl.constexpr, BLOCK_N: tl.constexpr, LAST: tl.constexpr,
 ):
     rows = first + tl.arange(0, BLOCK_N)
     k = _load(K, rows, length, QK_TOKEN, H, HP, LAST)
@@ -232,8 +239,8 @@ def _dq_step(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _dq_kernel(
     Q, K, V, OUT, DOUT, LSE, STATS, DQ, COS, SIN, TILES, num_tokens, scale, scale_log2, QK_TOKEN: tl.constexpr,
-    QK_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, N: tl.constexpr, H: tl.constexpr, HP:
-    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTARY: tl.constexpr,
+    QK_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, N: tl.constexpr, H: tl.constexpr,
+    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTARY: tl.constexpr,
 ):
     """dq of one tile of queries; and STATS (N, T, 2), lse and delta = rowsum(dout · out), for `_dkdv_kernel`."""
     head = tl.program_id(0) % N
@@ -254,14 +261,15 @@ def _dq_kernel(
     tl.store(STATS + row * 2, lse, mask=real)
     tl.store(STATS + row * 2 + 1, delta, mask=real)
     dq = tl.zeros([BLOCK_M, HP], tl.float32)
+    HALF: tl.constexpr = _half(BLOCK_N)
     full = length // BLOCK_N * BLOCK_N
     for n in range(0, full, BLOCK_N):
         dq = _dq_step(dq, q, dout, lse, delta, K, V, n, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, BLOCK_N, False)
-    if length - full > BLOCK_N // 2:
+    if length - full > HALF:
         dq = _dq_step(dq, q, dout, lse, delta, K, V, full, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, BLOCK_N, True)
-    elif length > full:
+    elif HALF > 0 and length > full:
         dq = _dq_step(
-            dq, q, dout, lse, delta, K, V, full, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, BLOCK_N // 2, True
+            dq, q, dout, lse, delta, K, V, full, length, scale_log2, QK_TOKEN, V_TOKEN, H, HP, HALF, True
         )
     dq *= scale
     if ROTARY:
@@ -290,9 +298,9 @@ def _load_stats(STATS, queries, length, BLOCK_M: tl.constexpr, WARPS: tl.constex
 
 @triton.jit
 def _key_block(
-    Q, K, V, DOUT, STATS, SUM, DK, COS, SIN, first, length, scale, scale_log2, QK_TOKEN: tl.constexpr, V_TOKEN:
-    tl.constexpr, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROTARY: tl.constexpr, MODE: tl.constexpr, WARPS: tl.constexpr, LAST: tl.constexpr,
+    Q, K, V, DOUT, STATS, SUM, DK, COS, SIN, first, length, scale, scale_log2, QK_TOKEN: tl.constexpr,
+    V_TOKEN: tl.constexpr, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, ROTARY: tl.constexpr, MODE: tl.constexpr, WARPS: tl.constexpr, LAST: tl.constexpr,
 ):
     """dk and dv of one block of keys; scores stand transposed, so that they enter the products from registers.
 
@@ -305,7 +313,9 @@ def _key_block(
     dv = tl.zeros([BLOCK_N, HP], tl.float32)
     for m in range(0, length, BLOCK_M):
         queries = m + tl.arange(0, BLOCK_M)
-        real = queries < length
+        sums = SUM + queries[:, None] * HP + tl.arange(0, HP)[None, :]
+        if MODE == "serial":  # asked for early, needed late
+            before = tl.load(sums, mask=(queries[:, None] < length) & (first > 0), other=0.0)
         q = _load(Q, queries, length, QK_TOKEN, H, HP, True)
         dout = _load(DOUT, queries, length, N * H, H, HP, True)
         lse, delta = _load_stats(STATS, queries, length, BLOCK_M, WARPS)
@@ -315,26 +325,23 @@ def _key_block(
         dv = tl.dot(weights.to(dout.dtype), dout, dv)
         dscores = (weights * (tl.dot(v, tl.trans(dout)) - delta[None, :])).to(q.dtype)
         dk = tl.dot(dscores, q, dk)
-        if MODE != "split":
-            share = tl.dot(tl.trans(dscores), k)
-            pointers = SUM + queries[:, None] * HP + tl.arange(0, HP)[None, :]
-            if MODE == "atomic":
-                tl.atomic_add(pointers, share, mask=real[:, None], sem="relaxed")
-            else:
-                share += tl.load(pointers, mask=real[:, None] & (first > 0), other=0.0)
-                tl.store(pointers, share, mask=real[:, None])
+        if MODE == "serial":
+            tl.store(sums, before + tl.dot(tl.trans(dscores), k), mask=queries[:, None] < length)
+        if MODE == "atomic":
+            tl.atomic_add(sums, tl.dot(tl.trans(dscores), k), mask=queries[:, None] < length, sem="relaxed")
+    _store(DK + H, keys, length, dv, 3 * N * H, H, HP)  # first: what follows needs its registers
     dk *= scale
     if ROTARY:
         dk = _unrotate(dk, COS, SIN, keys, length, H, HP)
     _store(DK, keys, length, dk, 3 * N * H, H, HP)
-    _store(DK + H, keys, length, dv, 3 * N * H, H, HP)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _dkdv_kernel(
-    Q, K, V, DOUT, STATS, SUM, DQKV, COS, SIN, TILES, num_tokens, scale, scale_log2, QK_TOKEN: tl.constexpr, QK_HEAD:
-    tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTARY: tl.constexpr, MODE: tl.constexpr, WARPS: tl.constexpr,
+    Q, K, V, DOUT, STATS, SUM, DQKV, COS, SIN, TILES, num_tokens, scale, scale_log2, QK_TOKEN: tl.constexpr,
+    QK_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, N: tl.constexpr, H: tl.constexpr,
+    HP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROTARY: tl.constexpr, MODE: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """MODE "split", "atomic": one program a tile of keys; "serial": one a sequence, dq written here too."""
     head = tl.program_id(0) % N
@@ -351,6 +358,7 @@ def _dkdv_kernel(
     SUM += (head * num_tokens + start) * HP
     COS += start * (H // 2)
     SIN += start * (H // 2)
+    HALF: tl.constexpr = _half(BLOCK_N)
     if MODE == "serial":
         for n in range(0, length // BLOCK_N * BLOCK_N, BLOCK_N):
             _key_block(
@@ -364,15 +372,15 @@ def _dkdv_kernel(
             Q, K, V, DOUT, STATS, SUM, DQKV + H, COS, SIN, first, length, scale, scale_log2, QK_TOKEN, V_TOKEN, N, H,
             HP, BLOCK_M, BLOCK_N, ROTARY, MODE, WARPS, False,
         )
-    elif length - first > BLOCK_N // 2:
+    elif length - first > HALF:
         _key_block(
             Q, K, V, DOUT, STATS, SUM, DQKV + H, COS, SIN, first, length, scale, scale_log2, QK_TOKEN, V_TOKEN, N, H,
             HP, BLOCK_M, BLOCK_N, ROTARY, MODE, WARPS, True,
         )
-    elif length > first:
+    elif HALF > 0 and length > first:
         _key_block(
             Q, K, V, DOUT, STATS, SUM, DQKV + H, COS, SIN, first, length, scale, scale_log2, QK_TOKEN, V_TOKEN, N, H,
-            HP, BLOCK_M, BLOCK_N // 2, ROTARY, MODE, WARPS, True,
+            HP, BLOCK_M, HALF, ROTARY, MODE, WARPS, True,
         )
     if MODE == "serial":
         tl.debug_barrier()
@@ -407,7 +415,7 @@ def _finish_dq_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _stats_kernel(
-    OUT, DOUT, LSE, STATS, num_tokens, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr
+    OUT, DOUT, LSE, STATS, num_tokens, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     head = tl.program_id(0) % N
     start = (tl.program_id(0) // N).to(tl.int64) * BLOCK_M
@@ -450,20 +458,10 @@ def run_forward(qkv_TN3H: Tensor, qk_TN2H: Tensor, tiles: Tensor, config: Config
     (q, k, v), constants = _views(qkv_TN3H, qk_TN2H)
     out = qkv_TN3H.new_empty(T, N, H)
     lse = torch.empty(N, T, dtype=torch.float32, device=qkv_TN3H.device)
-    _forward_kernel[(len(tiles) * N,)](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        tiles,
-        T,
-        H**-0.5 * math.log2(math.e),
-        *constants,
-        config.block_m,
-        config.block_n,
-        **config.launch(),
-    )
+    sizes = (config.block_m, config.block_n)
+    scale_log2 = H**-0.5 * math.log2(math.e)
+    grid = (len(tiles) * N,)
+    _forward_kernel[grid](q, k, v, out, lse, tiles, T, scale_log2, *constants, *sizes, **config.launch())
     return out, lse
 
 
@@ -489,54 +487,15 @@ def run_backward(
     total = stats
     if tuned.mode == "split":
         c = tuned.dq
-        _dq_kernel[(len(tiles_m) * N,)](
-            q,
-            k,
-            v,
-            out_TNH,
-            dout_TNH,
-            lse_NT,
-            stats,
-            dqkv,
-            cos,
-            sin,
-            tiles_m,
-            T,
-            scale,
-            scale_log2,
-            *constants,
-            c.block_m,
-            c.block_n,
-            rotary,
-            **c.launch(),
-        )
+        args = (q, k, v, out_TNH, dout_TNH, lse_NT, stats, dqkv, cos, sin, tiles_m, T, scale, scale_log2, *constants)
+        _dq_kernel[(len(tiles_m) * N,)](*args, c.block_m, c.block_n, rotary, **c.launch())
     else:
         _stats_kernel[(triton.cdiv(T, 128) * N,)](out_TNH, dout_TNH, lse_NT, stats, T, N, H, padded, 128)
         new = torch.zeros if tuned.mode == "atomic" else torch.empty
         total = new(N, T, padded, dtype=torch.float32, device=lse_NT.device)
     c = tuned.dkdv
-    _dkdv_kernel[(len(tiles_n) * N,)](
-        q,
-        k,
-        v,
-        dout_TNH,
-        stats,
-        total,
-        dqkv,
-        cos,
-        sin,
-        tiles_n,
-        T,
-        scale,
-        scale_log2,
-        *constants,
-        c.block_m,
-        c.block_n,
-        rotary,
-        tuned.mode,
-        c.num_warps,
-        **c.launch(),
-    )
+    args = (q, k, v, dout_TNH, stats, total, dqkv, cos, sin, tiles_n, T, scale, scale_log2, *constants)
+    _dkdv_kernel[(len(tiles_n) * N,)](*args, c.block_m, c.block_n, rotary, tuned.mode, c.num_warps, **c.launch())
     if tuned.mode == "atomic":
         _finish_dq_kernel[(triton.cdiv(T, 64) * N,)](total, dqkv, cos, sin, T, scale, N, H, padded, 64, rotary)
     return dqkv

@@ -38,6 +38,7 @@ INTERPRETED = {
     "op, width 24": (24, [64, 3, 65], True, None),
     "op, one token": (8, [1], True, None),
     "serial": (16, SHORT, True, Tuning(SMALL, SMALL, SMALL, "serial")),
+    "serial, wide": (16, [129, 70, 20], True, Tuning(SMALL, SMALL, Config(64, 128, 8), "serial")),
     "atomic": (24, [128, 65, 3], True, Tuning(SMALL, SMALL, SMALL, "atomic")),
 }
 
