@@ -136,7 +136,7 @@ class Model:
 
     def max_residues(self, max_length: int | None = None) -> int:
         """Residues that fit. max_length: tokens, specials included; None: what the model was made for."""
-        limit = self.config.max_positions
+        limit: int = self.config.max_positions
         if max_length is None:
             max_length = limit
         elif self.config.positions_end and max_length > limit:

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,30 +74,47 @@ def embed(config: EmbedConfig) -> EmbedReport:
     folder = output.with_name(output.name + ".shards")
     marker = folder / "assembling.json"
     if output.exists() and not config.overwrite:
-        if marker.exists() and (finished := read_json(marker))["config"] == dataclasses.asdict(config):
-            shutil.rmtree(folder)  # killed after the output took its name
-            return EmbedReport(**finished["report"])
-        raise ValueError(f"output={output} exists: choose another one or set overwrite=true")
+        collectives.barrier()  # all have looked
+        finished = read_json(marker) if marker.exists() else {}
+        collectives.barrier()
+        if finished.get("config") != dataclasses.asdict(config):
+            raise ValueError(f"output={output} exists: choose another one or set overwrite=true")
+        if collectives.rank() == 0:
+            shutil.rmtree(folder)  # killed between the output taking its name and this
+        return EmbedReport(**finished["report"])
     job = _Job(config, device, folder)
-    collectives.barrier()  # nobody begins before all have looked
+    collectives.barrier()
     if collectives.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         marker.unlink(missing_ok=True)
     collectives.barrier()
-    paths = job.run()
-    collectives.barrier()
-    report = job.report(len(paths), time.monotonic() - started)
-    if collectives.rank() == 0:
-        if report.sequences + report.rejected == 0:
-            raise ValueError(f"input={config.input} holds no records")
-        if not config.overwrite:
-            write_json(marker, {"config": dataclasses.asdict(config), "report": dataclasses.asdict(report)})
-        if output.suffix == ".pkl":
-            log.warning("a .pkl is one list of dicts: the whole result passes through memory; .h5 and .parquet do not")
-        write_output(Rows(paths, job.columns, job.settings), folder / f"output{output.suffix}", output)
-        shutil.rmtree(folder)
+    try:
+        paths = job.run()
+        collectives.barrier()
+        report = job.report(len(paths), time.monotonic() - started)
+        if collectives.rank() == 0:
+            _assemble(config, job, paths, report, marker)
+    finally:
+        if collectives.rank() == 0:
+            with suppress(OSError):
+                folder.rmdir()  # if nothing is in it
     collectives.barrier()
     return report
+
+
+def _assemble(config: EmbedConfig, job: _Job, paths: list[Path], report: EmbedReport, marker: Path) -> None:
+    output = Path(config.output)
+    if report.sequences + report.rejected == 0:
+        raise ValueError(f"input={config.input} holds no records")
+    if not config.overwrite:
+        write_json(marker, {"config": dataclasses.asdict(config), "report": dataclasses.asdict(report)})
+    if output.suffix == ".pkl":
+        log.warning("a .pkl is one list of dicts: the whole result passes through memory; .h5 and .parquet do not")
+    write_output(Rows(paths, job.columns, job.settings), job.folder / f"output{output.suffix}", output)
+    shutil.rmtree(job.folder)
+    log.info("%d sequences in %s", report.sequences, output)
+    if report.rejected:
+        log.warning("%d records were rejected, see %s.rejects.tsv", report.rejected, output)
 
 
 def _check(config: EmbedConfig) -> None:
@@ -208,6 +225,7 @@ class _Job:
                 if settings is not None and is_done(path, settings):
                     self.counts["reused"] += 1
                 elif settings is not None:
+                    self.counts["replaced"] += path.exists()
                     block = self._compute(shard)
                     if writing is not None:
                         writing.result()
@@ -220,13 +238,19 @@ class _Job:
             if writing is not None:
                 writing.result()
             self.counts["rejected"] = rejects.count
+        if self.counts["reused"]:
+            log.info("%d shards of an earlier run were found done in %s", self.counts["reused"], self.folder)
+        if self.counts["replaced"]:
+            log.warning(
+                "%d shards of other settings or records in %s were replaced", self.counts["replaced"], self.folder
+            )
         if self.letters and rank == 0:
             log.warning("odd letters, by the rule of moltron.tokenizers.clean: %s", dict(self.letters))
         return paths
 
     def _compute(self, shard: _Shard) -> Block:
-        if shard.full and shard.index < collectives.world_size():
-            self.model.encoder.compile()  # there is enough to do
+        if shard.full:
+            self.model.encoder.compile()  # once; there is enough to do
         first: dict[bytes, int] = {}
         which = np.array([first.setdefault(sequence, len(first)) for sequence in shard.sequences])
         results = self.model.run(
@@ -265,7 +289,7 @@ class _Job:
             self.counts["long"] += len(sequence) > self.limit
             ids.append(record.id)
             sequences.append(sequence)
-            size += row_bytes[0] + (row_bytes[1] + 1) * len(sequence)
+            size += row_bytes[0] + (row_bytes[1] + 9) * len(sequence)  # a letter and its id
             if len(ids) == self.config.shard_size or size >= SHARD_BYTES:
                 yield _Shard(index, ids, sequences, full=True)
                 index, ids, sequences, size = index + 1, [], [], 0

@@ -83,7 +83,7 @@ class Encoder:
     ):
         self.device = torch.device(device)
         self.precision = resolve_precision(precision, self.device)
-        self.model = model.to(device=self.device, dtype=DTYPES[self.precision]).eval().requires_grad_(False)
+        self.model: Any = model.to(device=self.device, dtype=DTYPES[self.precision]).eval().requires_grad_(False)
         self.config: Any = model.config
         self.pad_id = pad_id
         self.tokens = _round_up(tokens or self._default_tokens(), QUANTUM)

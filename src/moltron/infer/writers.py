@@ -186,7 +186,7 @@ def _write_parquet(rows: Rows, path: Path) -> None:
     schema = _schema(rows.columns, rows.settings)
     names = ["id", *(c.name for c in rows.columns)]
     schema = pa.schema([schema.field(name) for name in names], metadata=schema.metadata)
-    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False, write_statistics=["id"]) as out:
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False, write_statistics=False) as out:
         for table in rows.tables(names):
             out.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=max(1, table.num_rows))
 
@@ -202,7 +202,7 @@ class _Stream:
 
     def write(self, file: IO[bytes]) -> None:
         for chunk in self.chunks():
-            file.write(memoryview(np.ascontiguousarray(chunk, dtype=self.dtype).reshape(-1)).cast("B"))
+            file.write(np.ascontiguousarray(chunk, dtype=self.dtype).reshape(-1).view(np.uint8).data)
 
     @property
     def nbytes(self) -> int:

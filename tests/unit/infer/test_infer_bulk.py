@@ -350,3 +350,4 @@ def test_nothing_to_embed(run, tmp_path):
     (tmp_path / "empty.csv").write_text("id,sequence\n")
     with pytest.raises(ValueError, match="no records"):
         run([("a", "MKT")], "empty.npz", input=str(tmp_path / "empty.csv"))
+    assert not (tmp_path / "empty.npz.shards").exists()
