@@ -58,7 +58,7 @@ def variants(head_dim: int) -> dict[str, list[Config]]:
             ],
             "serial": [
                 Config(64, 64, 4), Config(64, 64, 4, 2, 128), Config(64, 128, 8), Config(64, 128, 8, 2, 128),
-                Config(128, 128, 8), Config(32, 128, 4),
+                Config(128, 128, 8), Config(32, 128, 4), Config(64, 64, 4, 2, 168),
             ],
             "atomic": [Config(64, 64, 4), Config(64, 64, 4, 2, 128), Config(64, 128, 8), Config(64, 128, 8, 2, 128)],
         }  # fmt: skip

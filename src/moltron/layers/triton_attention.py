@@ -14,6 +14,8 @@ Flash attention: Dao 2023, arXiv:2307.08691; rotary positions: Su et al. 2021, a
 T tokens (packed), N heads, H head width, B sequences
 """
 
+# pyright: reportIndexIssue=false, reportMissingImports=false
+
 import math
 from typing import NamedTuple
 

@@ -30,14 +30,14 @@ from moltron.layers.triton_attention import (
     tile_table,
 )
 
-SHORT = [1, 17, 70, 2, 5, 33, 130]
+SHORT = [1, 17, 70, 130]
 SMALL = Config(64, 64, 4)
 INTERPRETED = {
     "op, rotary": (16, SHORT, True, None),
-    "op, plain": (16, SHORT, False, None),
+    "op, plain": (16, [70, 5], False, None),
     "op, width 24": (24, [64, 3, 65], True, None),
     "op, one token": (8, [1], True, None),
-    "serial": (16, SHORT, True, Tuning(SMALL, SMALL, SMALL, "serial")),
+    "serial": (16, [130, 17], True, Tuning(SMALL, SMALL, SMALL, "serial")),
     "serial, wide": (16, [129, 70, 20], True, Tuning(SMALL, SMALL, Config(64, 128, 8), "serial")),
     "atomic": (24, [128, 65, 3], True, Tuning(SMALL, SMALL, SMALL, "atomic")),
 }
@@ -169,7 +169,7 @@ def test_the_op_traces_without_a_device():
     tiles = Tiles(*(torch.empty(3, 3, device="meta", dtype=torch.int32),) * 3)
     out = packed_attention(qkv, tiles, (angles, angles))
     out.sum().backward()
-    assert out.shape == (32, 2, 16) and qkv.grad.shape == qkv.shape
+    assert out.shape == (32, 2, 16) and qkv.grad is not None and qkv.grad.shape == qkv.shape
 
 
 # ------------------------------------------------------------------------------------------------------------- GPU
@@ -189,6 +189,7 @@ def flash(qkv: Tensor, dout: Tensor, lengths: list[int], rotary) -> tuple[Tensor
     cos, sin = (t[:, None] for t in rotary)
     q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
     out = varlen_attn(q, k, v, cu, cu, max(lengths), max(lengths))
+    assert isinstance(out, Tensor)
     return out.detach(), torch.autograd.grad(out, x, dout)[0]
 
 
