@@ -47,13 +47,17 @@ def evaluate(config: EvaluateConfig) -> int:
 
 def convert(config: ConvertConfig) -> int:
     from moltron.checkpoint.weights import convert
+    from moltron.common.logging import setup_logging
 
+    setup_logging()
     convert(config)
     return 0
 
 
 def download(config: DownloadConfig) -> int:
     from moltron.checkpoint.download import download
+    from moltron.common.logging import setup_logging
 
+    setup_logging()
     download(config)
     return 0
