@@ -108,7 +108,7 @@ def train(size: str, store: Store, device: torch.device) -> Callable[[], int]:
         model, objective.loss, optimizer, device, clip=1.0, scaler=None, skip_nonfinite=False, sync_each=False
     )
     plan = BatchPlan(store, tokens, 1024, seed=0)
-    stream = iter(BatchLoader(plan, store, tokenizer, objective, packs=1, pin=True, depth=4))
+    stream = iter(BatchLoader(plan, store, tokenizer, objective, packs=1, pin=True, workers=1))
     pending: list[Any] = []
 
     def one() -> int:

@@ -126,6 +126,7 @@ class Trainer:
             rank=collectives.rank(),
             world=collectives.world_size(),
             position=self.position,
+            workers=1 if run.device.type == "cuda" else 0,
             pin=run.device.type == "cuda",
         )
         self.evaluator = None

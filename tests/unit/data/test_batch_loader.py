@@ -1,5 +1,7 @@
 import json
-import threading
+import multiprocessing
+import os
+import signal
 from itertools import islice
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from moltron.config.schema import ObjectiveConfig
-from moltron.data.loader import BatchLoader, pack_sequences
+from moltron.data.loader import BatchLoader
 from moltron.data.plan import BatchPlan
 from moltron.data.store import Store, StoreWriter
 from moltron.objectives import get_objective
@@ -109,43 +111,43 @@ def test_one_epoch_ends_with_every_record_seen_and_ranks_in_step(store, world):
     assert sorted(r for b in batches for r in b.records.tolist()) == list(range(len(store)))
 
 
-def test_breaking_off_ends_the_thread(store):
-    before = threading.active_count()
-    loader = make(store)
-    for _ in loader:
-        assert threading.active_count() == before + 1
-        break
-    steps = iter(loader)
+def test_worker_processes_build_the_same_stream_in_the_same_order(store):
+    plain = first_steps(make(store), 7)
+    for workers in (1, 3):
+        loader = make(store, workers=workers)
+        steps = iter(loader)
+        for expected in plain:
+            step = next(steps)
+            assert [contents(b) for b in step.batches] == [contents(b) for b in expected.batches]
+            assert step.position == expected.position and step.count == expected.count
+        assert loader.wait_seconds > 0
+    ends = make(store, epochs=1, workers=2)
+    assert len(list(ends)) == len(list(make(store, epochs=1)))
+
+
+def test_breaking_off_ends_the_workers_and_a_jobs_sigterm_does_not(store):
+    steps = iter(make(store, workers=1))
     next(steps)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    for _ in range(6):  # more than were waiting
+        next(steps)
+    assert worker.is_alive()
     steps.close()
-    assert threading.active_count() == before
-    assert loader.wait_seconds > 0
+    worker.join(timeout=20)
+    assert not worker.is_alive()
 
 
-def test_an_error_reaches_the_consumer_with_the_records_ids(store):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_reaches_the_consumer_with_the_records_ids(store, workers):
     class Fails:
         def corrupt(self, batch, epoch):
             raise ZeroDivisionError("odd batch")
 
-    loader = BatchLoader(BatchPlan(store, T, MAX_LENGTH), store, TOKENIZER, Fails(), packs=1)
-    first = next(BatchLoader(loader.plan, store, TOKENIZER, None, packs=1).steps()).batches[0]
-    before = threading.active_count()
+    plan = BatchPlan(store, T, MAX_LENGTH)
+    first = next(BatchLoader(plan, store, TOKENIZER, None, packs=1).steps()).batches[0]
     with pytest.raises(RuntimeError, match=rf"records {store.ids(first.records[:1])[0]}, .*odd batch"):
-        next(iter(loader))
-    assert threading.active_count() == before
-
-
-def test_the_thread_pins_through_the_consumers_device(store, monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(
-        torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread().name))
-    )
-    monkeypatch.setattr("moltron.models.batch.PackedBatch.pin_memory", lambda self: self)
-    first_steps(make(store, pin=True), 1)
-    assert chosen == [(3, "batch-loader")]
-    first_steps(make(store), 1)
-    assert len(chosen) == 1
+        next(iter(BatchLoader(plan, store, TOKENIZER, Fails(), packs=1, workers=workers)))
 
 
 @pytest.mark.gpu
@@ -160,20 +162,6 @@ def test_pinned_batches_are_equal(store):
 def test_packs_must_be_shared_equally(store):
     with pytest.raises(ValueError, match=r"batch.packs=8 cannot be shared equally by 3 ranks"):
         make(store, world=3)
-
-
-def test_pack_sequences_keeps_every_sequence_and_its_place():
-    generator = np.random.default_rng(0)
-    made = [generator.integers(4, 24, n) for n in generator.integers(3, 64, 100)]
-    batches = pack_sequences(made, 256, TOKENIZER.pad_id, 64, first_record=1000)
-    assert all(b.ids.shape == (256,) and b.target_positions is None for b in batches)
-    found = dict(pair for batch in batches for pair in split(batch))
-    assert sorted(found) == list(range(1000, 1100))
-    assert all(np.array_equal(found[1000 + i], ids) for i, ids in enumerate(made))
-    assert sum(map(len, made)) / (256 * len(batches)) > 0.9
-    assert pack_sequences([], 256, TOKENIZER.pad_id, 64) == []
-    with pytest.raises(ValueError, match="sequence 1001 has 65 tokens: at most 64"):
-        pack_sequences([np.ones(3, int), np.ones(65, int)], 256, TOKENIZER.pad_id, 64, first_record=1000)
 
 
 def test_ids_are_int64_and_of_their_own_memory(store):
