@@ -2,7 +2,7 @@
 
     argv ──argparse──> command, options, overrides ──compose.load_config──> dataclass ──commands.*──> exit code
 
-Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 done, but some records were rejected;
+Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 embedded, but some records were rejected;
 75 training was asked to stop and has saved its state (run the same command again to go on).
 """
 

@@ -195,7 +195,7 @@ class ConvertConfig:
 class DownloadConfig:
     """moltron download"""
 
-    name: str = "???"  # e.g. esm2_650M; without it the command lists them
+    name: str = ""  # e.g. esm2_650M; without it the command lists them
     cache_dir: str | None = literal(None)
     offline: bool = False
     endpoint: str | None = None  # another hub, e.g. a mirror
