@@ -1,62 +1,57 @@
 """Attention over packed sequences: the one place that chooses a kernel.
 
-Sequences lie end to end on one token axis; `Layout` says where each begins. `attend` never looks across a boundary,
+Sequences lie end to end on one token axis; `Layout` says where each begins. `attend_qkv` never looks across a boundary,
 whatever the kernel:
 
-    CUDA, fp16/bf16   varlen flash attention
+    CUDA, fp16/bf16   Triton kernels that also rotate (triton_attention); varlen flash for head widths they cannot take
     CUDA, fp32        FlexAttention with a block mask of the boundaries
     CPU               SDPA, one call per run of neighbours of equal length (padding would change the last bits)
 
-Knows nothing of models, positions or vocabularies.
+Knows nothing of models or vocabularies.
 
 T tokens (packed), N heads, H head width, B sequences
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import groupby
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from moltron.layers.layout import Layout
+from moltron.layers.positions import Rotary, apply_rotary
 
-@dataclass(eq=False)
-class Layout:
-    """Where the sequences of one packed token axis begin and end.
+# Every CUDA build of torch for Linux brings Triton, the others come without. Imported here rather than where it is
+# called, so that torch.compile finds the op registered.
+if find_spec("triton") is None:
+    packed_attention = None
+else:
+    from moltron.layers.triton_attention import packed_attention
 
-    cu_seqlens: (B+1,) int32, starts at 0, ends at T; filler at the end is a sequence of its own.
-    positions: (T,) int32, 0, 1, 2 … within each sequence.
-    max_seqlen: an upper bound of the lengths, kept constant over a run so that nothing recompiles.
-    lengths: the B lengths on the host, so that no path waits for the device.
+
+def attend_qkv(qkv_TN3H: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
+    """Softmax(q kᵀ / √H) v within each sequence of `layout`, bidirectional; q and k are rotated first, with a `rotary`.
+
+    qkv_TN3H: as one projection writes it. Returns (T, N, H).
     """
-
-    cu_seqlens: Tensor
-    positions: Tensor
-    max_seqlen: int
-    lengths: tuple[int, ...]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
-        move = dict(device=device, non_blocking=non_blocking)
-        return Layout(self.cu_seqlens.to(**move), self.positions.to(**move), self.max_seqlen, self.lengths)
-
-    def sequence_index(self) -> Tensor:
-        """(T,) int64: which sequence each token belongs to."""
-        num_tokens = self.positions.shape[0]
-        ends = self.cu_seqlens[1:]
-        return torch.bucketize(torch.arange(num_tokens, device=ends.device, dtype=ends.dtype), ends, right=True)
-
-
-def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor:
-    """Softmax(q kᵀ / √H) v within each sequence of `layout`, bidirectional; returns (T, N, H)."""
-    if q_TNH.device.type != "cuda":
+    on_cuda, half = qkv_TN3H.device.type == "cuda", qkv_TN3H.dtype in (torch.float16, torch.bfloat16)
+    head_dim = qkv_TN3H.shape[-1]
+    if on_cuda and half and packed_attention is not None and head_dim % 8 == 0 and head_dim <= 128:
+        return packed_attention(qkv_TN3H, layout.tiles, rotary)
+    q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
+    if rotary is not None:
+        q_TNH, k_TNH = apply_rotary(q_TNH, *rotary), apply_rotary(k_TNH, *rotary)
+    if not on_cuda:
         return _attend_by_length(q_TNH, k_TNH, v_TNH, layout.lengths)
-    if q_TNH.dtype in (torch.float16, torch.bfloat16):
+    if half:
         cu, longest = layout.cu_seqlens, layout.max_seqlen
-        return varlen_attn(q_TNH, k_TNH, v_TNH, cu, cu, longest, longest)
+        return cast(Tensor, varlen_attn(q_TNH, k_TNH, v_TNH, cu, cu, longest, longest))  # a pair only if asked for
     return _attend_flex(q_TNH, k_TNH, v_TNH, layout)
 
 

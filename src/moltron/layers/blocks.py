@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moltron.layers.attention import Layout, attend
-from moltron.layers.positions import apply_rotary
-
-Rotary = tuple[Tensor, Tensor] | None
+from moltron.layers.attention import attend_qkv
+from moltron.layers.layout import Layout
+from moltron.layers.positions import Rotary, apply_rotary
 
 
 class SelfAttention(nn.Module):
@@ -30,18 +29,18 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
 
-    def heads(self, x_TD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        q_TNH, k_TNH, v_TNH = self.qkv(x_TD).unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
-        if rotary is not None:
-            q_TNH, k_TNH = apply_rotary(q_TNH, *rotary), apply_rotary(k_TNH, *rotary)
-        return q_TNH, k_TNH, v_TNH
+    def heads(self, x_TD: Tensor) -> Tensor:
+        """(T, N, 3, H): q, k and v of every head, not rotated yet."""
+        return self.qkv(x_TD).unflatten(-1, (-1, 3, self.head_dim))
 
     def forward(self, x_TD: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
-        return self.out(attend(*self.heads(x_TD, rotary), layout).flatten(1))
+        return self.out(attend_qkv(self.heads(x_TD), layout, rotary).flatten(1))
 
     def probabilities(self, x_TD: Tensor, rotary: Rotary) -> Tensor:
         """Softmax weights (N, T, T) in fp32; x_TD is one sequence."""
-        q_TNH, k_TNH, _ = self.heads(x_TD, rotary)
+        q_TNH, k_TNH, _ = self.heads(x_TD).unbind(2)
+        if rotary is not None:
+            q_TNH, k_TNH = apply_rotary(q_TNH, *rotary), apply_rotary(k_TNH, *rotary)
         scores = torch.einsum("qnh,knh->nqk", q_TNH.float(), k_TNH.float()) * self.head_dim**-0.5
         return scores.softmax(-1)
 

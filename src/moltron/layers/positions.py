@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Rotary = tuple[Tensor, Tensor] | None  # cosine and sine of every token's angles; None: positions are not rotary
+
 
 def rotary_frequencies(
     head_dim: int, base: float, rounded_to: torch.dtype = torch.float32, device: torch.device | None = None

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moltron.layers.attention import Layout
+from moltron.layers.layout import Layout
 
 
 @dataclass(eq=False)
@@ -58,19 +58,11 @@ class PackedBatch:
         filler = tokens - num_tokens
         filler_lengths = [max_length] * (filler // max_length) + ([filler % max_length] if filler % max_length else [])
         all_lengths = np.concatenate([lengths, filler_lengths]).astype(np.int64)
-        cu_seqlens = np.zeros(len(all_lengths) + 1, dtype=np.int32)
-        np.cumsum(all_lengths, out=cu_seqlens[1:])
-        positions = np.arange(tokens, dtype=np.int32) - np.repeat(cu_seqlens[:-1], all_lengths)
         packed = np.full(tokens, pad_id, dtype=np.int64)
         packed[:num_tokens] = ids
-        layout = Layout(
-            cu_seqlens=torch.from_numpy(cu_seqlens),
-            positions=torch.from_numpy(positions),
-            max_seqlen=max_length,
-            lengths=tuple(all_lengths.tolist()),
-        )
         if records is None:
             records = np.arange(num_sequences, dtype=np.int64)
+        layout = Layout.of(all_lengths, max_length)
         return PackedBatch(torch.from_numpy(packed), layout, num_sequences, num_tokens, records)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
@@ -87,14 +79,11 @@ class PackedBatch:
 
     def pin_memory(self) -> PackedBatch:
         """Page-locked copies of all tensors, so that `.to(device, non_blocking=True)` overlaps with compute."""
-        layout = replace(
-            self.layout, cu_seqlens=self.layout.cu_seqlens.pin_memory(), positions=self.layout.positions.pin_memory()
-        )
         pin = lambda x: None if x is None else x.pin_memory()  # noqa: E731
         return replace(
             self,
             ids=self.ids.pin_memory(),
-            layout=layout,
+            layout=self.layout.pin_memory(),
             target_positions=pin(self.target_positions),
             targets=pin(self.targets),
         )

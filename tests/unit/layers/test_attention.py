@@ -1,74 +1,131 @@
-"""attend(): equal to softmax over each sequence by itself, in values and gradients; bit-equal with any neighbours."""
+"""attend_qkv(): softmax over each sequence by itself, in values and gradients; bit-equal with any neighbours."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moltron.layers.attention import Layout, attend
+from moltron.layers import attention
+from moltron.layers.attention import attend_qkv
+from moltron.layers.layout import Layout
+from moltron.layers.positions import apply_rotary, rotary_table
 
 
 def layout_of(lengths):
-    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
-    return Layout(cu, positions, max(lengths), tuple(lengths))
+    return Layout.of(np.array(lengths), max(lengths))
 
 
-def reference(q, k, v, lengths):
-    """Softmax written out, one sequence after the other, in float64."""
+def reference(qkv, lengths, rotary):
+    """Rotation and softmax written out, one sequence after the other, in float64."""
+    q, k, v = qkv.double().unbind(2)
+    if rotary is not None:
+        q, k = (apply_rotary(x, *(t.double() for t in rotary)) for x in (q, k))
     outs = []
-    for q1, k1, v1 in zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True):
+    for q1, k1, v1 in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
         scores = torch.einsum("qnh,knh->nqk", q1, k1) / q.shape[-1] ** 0.5
         outs.append(torch.einsum("nqk,knh->qnh", scores.softmax(-1), v1))
     return torch.cat(outs)
 
 
-@pytest.mark.parametrize("lengths", [[5], [1, 2, 3], [7, 7, 7, 2, 7], [64, 1, 33]])
-def test_equals_softmax_in_values_and_gradients(lengths):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(sum(lengths), 4, 16, generator=generator, requires_grad=True) for _ in range(3))
-    weight = torch.randn(sum(lengths), 4, 16, generator=generator)
-    out = attend(q, k, v, layout_of(lengths))
-    gradients = torch.autograd.grad((out * weight).sum(), (q, k, v))
-    expected = reference(q, k, v, lengths)
-    expected_gradients = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
-    for got, want in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_strided_views_of_one_projection():
-    qkv = torch.randn(12, 4, 3, 8)
-    q, k, v = qkv.unbind(-2)
-    torch.testing.assert_close(
-        attend(q, k, v, layout_of([5, 7])).double(), reference(q, k, v, [5, 7]), rtol=1e-5, atol=1e-6
+def compare(qkv, lengths, rotary, tolerance):
+    """Output and gradient against the reference, in the norm of each."""
+    qkv = qkv.requires_grad_()
+    exact = qkv.detach().double().requires_grad_()
+    weight = torch.randn(sum(lengths), *qkv.shape[1::2], device=qkv.device)
+    out = attend_qkv(qkv, layout_of(lengths).to(qkv.device), rotary)
+    expected = reference(exact, lengths, rotary)
+    gradient, expected_gradient = (
+        torch.autograd.grad((y * weight).sum(), x)[0] for y, x in ((out, qkv), (expected, exact))
     )
+    for got, want in ((out, expected), (gradient, expected_gradient)):
+        assert ((got - want).norm() / want.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize("lengths", [[5], [1, 2, 3], [7, 7, 7, 2, 7], [64, 1, 33]])
+def test_equals_softmax_in_values_and_gradients(lengths, rotates):
+    qkv = torch.randn(sum(lengths), 4, 3, 16, generator=torch.Generator().manual_seed(0))
+    compare(qkv, lengths, rotary_table(layout_of(lengths).positions, 16, 1e4) if rotates else None, 1e-6)
 
 
 def test_bit_equal_whatever_the_neighbours():
     lengths = [40, 40, 17, 40, 100]
-    q, k, v = (torch.randn(sum(lengths), 4, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    together = attend(q, k, v, layout_of(lengths)).split(lengths)
-    pieces = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    for got, (q1, k1, v1) in zip(together, pieces, strict=True):
-        assert torch.equal(got, attend(q1, k1, v1, layout_of([len(q1)])))
+    qkv = torch.randn(sum(lengths), 4, 3, 16, generator=torch.Generator().manual_seed(0))
+    together = attend_qkv(qkv, layout_of(lengths), None).split(lengths)
+    for got, alone in zip(together, qkv.split(lengths), strict=True):
+        assert torch.equal(got, attend_qkv(alone, layout_of([len(alone)]), None))
 
 
-def test_sequence_index():
-    assert layout_of([2, 1, 3]).sequence_index().tolist() == [0, 0, 1, 2, 2, 2]
+TRITON, FLASH = "moltron.packed_attention.default", "torch_attn._varlen_attn.default"
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def on_cuda():
+    """Tensors that say they are on a GPU, without one: what is chosen and traced can be seen on any machine."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layout = layout_of([5, 7])
+        fake = {
+            name: torch.empty(getattr(layout, name).shape, dtype=torch.int32, device="cuda")
+            for name in ("cu_seqlens", "positions", "tiles")
+        }
+        yield replace(layout, **fake)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width, chosen", [(8, TRITON), (24, TRITON), (128, TRITON), (136, FLASH), (256, FLASH)])
+def test_kernel_chosen_on_cuda(on_cuda, dtype, width, chosen):
+    pytest.importorskip("triton", reason="triton is not installed")
+    qkv, angles = (
+        torch.empty(12, 2, 3, width, device="cuda", dtype=dtype),
+        torch.empty(12, 1, width // 2, device="cuda"),
+    )
+    with Calls() as calls:
+        out = attend_qkv(qkv, on_cuda, (angles, angles))
+    assert out.shape == (12, 2, width) and out.dtype == dtype
+    assert calls.names & {TRITON, FLASH} == {chosen}
+
+
+def test_without_triton_flash(on_cuda, monkeypatch):
+    monkeypatch.setattr(attention, "packed_attention", None)
+    with Calls() as calls:
+        attend_qkv(torch.empty(12, 2, 3, 16, device="cuda", dtype=torch.bfloat16), on_cuda, None)
+    assert FLASH in calls.names
+
+
+def test_compiled_into_one_graph_with_the_triton_op(on_cuda):
+    pytest.importorskip("triton", reason="triton is not installed")
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    qkv, angles = torch.empty(12, 2, 3, 16, device="cuda", dtype=torch.bfloat16), torch.empty(12, 1, 8, device="cuda")
+    compiled = torch.compile(lambda x: attend_qkv(x + 1, on_cuda, (angles, angles)), fullgraph=True, backend=backend)
+    assert compiled(qkv).shape == (12, 2, 16)
+    assert targets.count("moltron.packed_attention") == 1 and not any("cat" in target for target in targets)
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+CASES = [(dtype, width) for width in (16, 24, 32, 64, 128) for dtype in TOLERANCE] + [(torch.bfloat16, 160)]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
-@pytest.mark.parametrize("heads, width", [(20, 16), (20, 24), (20, 32), (20, 64), (4, 128)])
-def test_cuda_kernels(dtype, tolerance, heads, width):
+@pytest.mark.parametrize("dtype, width", CASES)
+def test_cuda_kernels(dtype, width):
     lengths = [1, 17, 1022, 300, 45, 663]
-    shape = (sum(lengths), heads, width)
-    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
-    weight = torch.randn(shape, device="cuda")
-    layout = layout_of(lengths).to("cuda")
-    out = attend(q, k, v, layout)
-    gradients = torch.autograd.grad((out * weight).sum(), (q, k, v))
-    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = reference(*inputs, lengths)
-    expected_gradients = torch.autograd.grad((expected * weight).sum(), inputs)
-    for got, want in zip((out, *gradients), (expected, *expected_gradients), strict=True):
-        assert ((got - want).norm() / want.norm()).item() < tolerance
+    qkv = torch.randn(sum(lengths), 5, 3, width, device="cuda", dtype=dtype)
+    compare(qkv, lengths, rotary_table(layout_of(lengths).positions.cuda(), width, 1e4), TOLERANCE[dtype])

@@ -11,35 +11,23 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="triton is not installed: CUDA builds of torch and the extra dev bring it")
 
-from moltron.layers.positions import rotary_table
-from moltron.layers.triton_attention import (
-    Config,
-    Tiles,
-    Tuning,
-    make_tiles,
-    packed_attention,
-    rotate,
-    run_backward,
-    run_forward,
-    tile_table,
-)
+from moltron.layers.layout import Layout
+from moltron.layers.positions import apply_rotary, rotary_table
+from moltron.layers.triton_attention import packed_attention
 
-SHORT = [1, 17, 70, 130]
-SMALL = Config(64, 64, 4)
-INTERPRETED = {
-    "op, rotary": (16, SHORT, True, None),
-    "op, plain": (16, [70, 5], False, None),
-    "op, width 24": (24, [64, 3, 65], True, None),
-    "op, one token": (8, [1], True, None),
-    "serial": (16, [130, 17], True, Tuning(SMALL, SMALL, SMALL, "serial")),
-    "serial, wide": (16, [129, 70, 20], True, Tuning(SMALL, SMALL, Config(64, 128, 8), "serial")),
-    "atomic": (24, [128, 65, 3], True, Tuning(SMALL, SMALL, SMALL, "atomic")),
+INTERPRETED = {  # head width, lengths, rotary
+    "lengths around the tile's": (16, [1, 17, 64, 70, 130], True),
+    "no rotation": (16, [70, 5], False),
+    "width padded": (24, [64, 3, 65], True),
+    "empty sequences": (32, [0, 20, 0], True),
+    "one token": (8, [1], True),
 }
 
 
@@ -58,11 +46,6 @@ def reference(qkv_TN3H: Tensor, rotary, lengths: list[int], dout: Tensor) -> tup
         outs.append(torch.einsum("nqk,knh->qnh", weights, v_LNH))
     out = torch.cat(outs)
     return out.detach(), torch.autograd.grad(out, x, dout.double())[0]
-
-
-def layout(lengths: list[int], device: str) -> tuple[Tensor, Tensor]:
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    return torch.tensor([0, *lengths]).cumsum(0).int().to(device), positions.to(device)
 
 
 def inputs(lengths: list[int], num_heads: int, head_dim: int, dtype, device: str = "cpu", seed: int = 0):
@@ -85,28 +68,22 @@ def errors(out: Tensor, grad: Tensor, truth: tuple[Tensor, Tensor]) -> dict[str,
     }
 
 
-def run(qkv: Tensor, dout: Tensor, lengths: list[int], rotary, tuned: Tuning | None) -> tuple[Tensor, Tensor]:
-    T, H = qkv.shape[0], qkv.shape[-1]
-    cu, _ = layout(lengths, str(qkv.device))
-    if tuned is None:
-        qkv = qkv.detach().requires_grad_()
-        out = packed_attention(qkv, make_tiles(cu, T, H), rotary)
-        return out.detach(), torch.autograd.grad(out, qkv, dout)[0]
-    cos, sin = rotary
-    qk = rotate(qkv, cos, sin)
-    keys = tile_table(cu, T, T if tuned.mode == "serial" else tuned.dkdv.block_n)
-    out, lse = run_forward(qkv, qk, tile_table(cu, T, tuned.forward.block_m), tuned.forward)
-    tiles_m = tile_table(cu, T, tuned.dq.block_m)
-    return out, run_backward(qkv, qk, out, lse, dout, cos, sin, tiles_m, keys, tuned)
+def layout_of(lengths: list[int], device: str = "cpu") -> Layout:
+    return Layout.of(np.array(lengths), max(lengths)).to(device)
+
+
+def run(qkv: Tensor, dout: Tensor, lengths: list[int], rotary) -> tuple[Tensor, Tensor]:
+    qkv = qkv.detach().requires_grad_()
+    out = packed_attention(qkv, layout_of(lengths, str(qkv.device)).tiles, rotary)
+    return out.detach(), torch.autograd.grad(out, qkv, dout)[0]
 
 
 def table(lengths: list[int], head_dim: int, device: str = "cpu"):
-    cos, sin = rotary_table(layout(lengths, device)[1], head_dim, 10_000.0)
+    cos, sin = rotary_table(layout_of(lengths, device).positions, head_dim, 10_000.0)
     return cos.flatten(1), sin.flatten(1)
 
 
 def interpret_all() -> dict[str, dict[str, float]]:
-    import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -126,10 +103,10 @@ def interpret_all() -> dict[str, dict[str, float]]:
 
     interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot = patch_index, dot_bf16
     found = {}
-    for name, (head_dim, lengths, rotates, tuned) in INTERPRETED.items():
+    for name, (head_dim, lengths, rotates) in INTERPRETED.items():
         qkv, dout = inputs(lengths, 2, head_dim, torch.float16)
         rotary = table(lengths, head_dim) if rotates else None
-        found[name] = errors(*run(qkv, dout, lengths, rotary, tuned), reference(qkv, rotary, lengths, dout))
+        found[name] = errors(*run(qkv, dout, lengths, rotary), reference(qkv, rotary, lengths, dout))
     return found
 
 
@@ -146,44 +123,31 @@ def test_interpreted_kernels_agree_with_float64(interpreted, name):
     assert max(interpreted[name].values()) < 1e-3, interpreted[name]
 
 
-@pytest.mark.parametrize("lengths", [[5, 0, 64, 65, 128, 1], [300], [1] * 9])
-def test_tiles_cover_every_token_once_longest_first(lengths):
-    cu, _ = layout(lengths, "cpu")
-    tiles = tile_table(cu, sum(lengths), 64)
-    assert tiles.shape == (sum(lengths) // 64 + len(lengths), 3) and tiles.dtype == torch.int32
-    real = [tuple(row) for row in tiles.tolist() if row[2] < row[1]]
-    expected = [(start, n, first) for start, n in zip(cu.tolist(), lengths) for first in range(0, n, 64)]
-    assert sorted(real) == sorted(expected)
-    assert [n for _, n, _ in real] == sorted((n for _, n, _ in real), reverse=True)
-
-
 @pytest.mark.parametrize("head_dim", [12, 136])
 def test_head_widths_that_do_not_fit_are_refused(head_dim):
     with pytest.raises(ValueError, match="multiples of 8"):
-        make_tiles(torch.tensor([0, 4], dtype=torch.int32), 4, head_dim)
+        packed_attention(torch.empty(4, 2, 3, head_dim), layout_of([4]).tiles, None)
 
 
-def test_the_op_traces_without_a_device():
+@pytest.mark.parametrize("rotates", [True, False])
+def test_the_op_traces_without_a_device(rotates):
     qkv = torch.empty(32, 2, 3, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    angles = torch.empty(32, 8, device="meta")
-    tiles = Tiles(*(torch.empty(3, 3, device="meta", dtype=torch.int32),) * 3)
-    out = packed_attention(qkv, tiles, (angles, angles))
+    angles = torch.empty(32, 1, 8, device="meta")
+    out = packed_attention(qkv, layout_of([32], "meta").tiles, (angles, angles) if rotates else None)
     out.sum().backward()
     assert out.shape == (32, 2, 16) and qkv.grad is not None and qkv.grad.shape == qkv.shape
 
 
 # ------------------------------------------------------------------------------------------------------------- GPU
 
-LONG = [*range(1, 18), 64, 65, 127, 128, 129, 500, 1024, 1500, 4500, 320]
+LONG = [*range(1, 18), 0, 64, 65, 127, 128, 129, 500, 1024, 1500, 4500, 320]
 WIDTHS = [(20, 16), (20, 24), (20, 32), (20, 64), (3, 128), (5, 40)]
 
 
 def flash(qkv: Tensor, dout: Tensor, lengths: list[int], rotary) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.varlen import varlen_attn
 
-    from moltron.layers.positions import apply_rotary
-
-    cu, _ = layout(lengths, "cuda")
+    cu = layout_of(lengths, "cuda").cu_seqlens
     x = qkv.detach().requires_grad_()
     q, k, v = x.unbind(2)
     cos, sin = (t[:, None] for t in rotary)
@@ -202,7 +166,7 @@ def test_no_less_exact_than_flash_attention_and_every_element_written(num_heads,
     truth = reference(qkv, rotary, LONG, dout)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
-        out, grad = run(qkv, dout, LONG, rotary, None)
+        out, grad = run(qkv, dout, LONG, rotary)
     finally:
         torch.use_deterministic_algorithms(False)
     ours, theirs = errors(out, grad, truth), errors(*flash(qkv, dout, LONG, rotary), truth)
@@ -214,9 +178,9 @@ def test_no_less_exact_than_flash_attention_and_every_element_written(num_heads,
 def test_bitwise_the_same_again_and_in_other_company(num_heads, head_dim):
     qkv, dout = inputs(LONG, num_heads, head_dim, torch.bfloat16, "cuda")
     rotary = table(LONG, head_dim, "cuda")
-    out, grad = run(qkv, dout, LONG, rotary, None)
+    out, grad = run(qkv, dout, LONG, rotary)
     for _ in range(3):
-        again = run(qkv, dout, LONG, rotary, None)
+        again = run(qkv, dout, LONG, rotary)
         assert torch.equal(out, again[0]) and torch.equal(grad, again[1])
     start = sum(LONG[:-4])
     span = slice(start, start + LONG[-4])  # the sequence of 1,024 alone, beside NaN
@@ -225,7 +189,7 @@ def test_bitwise_the_same_again_and_in_other_company(num_heads, head_dim):
     dcompany = torch.full((LONG[-4] + 7, *dout.shape[1:]), torch.nan, dtype=qkv.dtype, device="cuda")
     dcompany[7:] = dout[span]
     lengths = [7, LONG[-4]]
-    alone = run(company, dcompany, lengths, table(lengths, head_dim, "cuda"), None)
+    alone = run(company, dcompany, lengths, table(lengths, head_dim, "cuda"))
     assert torch.equal(alone[0][7:], out[span]) and torch.equal(alone[1][7:], grad[span])
 
 
@@ -234,8 +198,8 @@ def test_compiled_whole_and_replayed_as_a_graph():
     lengths = [270, 1024, 33, 721]
     qkv, dout = inputs(lengths, 20, 16, torch.bfloat16, "cuda")
     rotary = table(lengths, 16, "cuda")
-    expected = run(qkv, dout, lengths, rotary, None)
-    tiles = make_tiles(layout(lengths, "cuda")[0], sum(lengths), 16)
+    expected = run(qkv, dout, lengths, rotary)
+    tiles = layout_of(lengths, "cuda").tiles
     x = qkv.detach().requires_grad_()
     compiled = torch.compile(lambda x: packed_attention(x + 0, tiles, rotary), fullgraph=True)
     out = compiled(x)

@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moltron.layers.blocks import Block, MaskedLMHead, Rotary, init_encoder_weights
-from moltron.layers.positions import rotary_table
+from moltron.layers.blocks import Block, MaskedLMHead, init_encoder_weights
+from moltron.layers.positions import Rotary, rotary_table
 from moltron.models.batch import Output, PackedBatch
 from moltron.models.encoder import copy_value, pad_to, run_encoder, token_dropout_scale
 

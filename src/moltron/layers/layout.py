@@ -1,0 +1,92 @@
+"""Where the sequences of one packed token axis lie, and how attention divides the work on them.
+
+    lengths ──Layout.of──> cu_seqlens, positions, tiles (host, once a batch) ──.to(device)──> every layer's attention
+
+Knows nothing of tokens, models or kernels.
+
+T tokens (packed), B sequences
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TILE = 64  # tokens of one sequence that one program of an attention kernel takes; the best at every head width
+
+
+@dataclass(eq=False)
+class Layout:
+    """Where the sequences of one packed token axis begin and end.
+
+    cu_seqlens: (B+1,) int32, starts at 0, ends at T; filler at the end is a sequence of its own.
+    positions: (T,) int32, 0, 1, 2 … within each sequence.
+    max_seqlen: an upper bound of the lengths, kept constant over a run so that nothing recompiles.
+    lengths: the B lengths on the host, so that no path waits for the device.
+    tiles: (T // TILE + B, 3) int32, `tile_table`.
+    """
+
+    cu_seqlens: Tensor
+    positions: Tensor
+    max_seqlen: int
+    lengths: tuple[int, ...]
+    tiles: Tensor
+
+    @staticmethod
+    def of(lengths: np.ndarray, max_seqlen: int) -> Layout:
+        """On the host. lengths: (B,) integers, in the order of the pack."""
+        cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1:])
+        positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
+        return Layout(
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            positions=torch.from_numpy(positions),
+            max_seqlen=max_seqlen,
+            lengths=tuple(lengths.tolist()),
+            tiles=torch.from_numpy(tile_table(cu_seqlens)),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
+        return replace(
+            self,
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+            positions=self.positions.to(device, non_blocking=non_blocking),
+            tiles=self.tiles.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Layout:
+        return replace(
+            self,
+            cu_seqlens=self.cu_seqlens.pin_memory(),
+            positions=self.positions.pin_memory(),
+            tiles=self.tiles.pin_memory(),
+        )
+
+    def sequence_index(self) -> Tensor:
+        """(T,) int64: which sequence each token belongs to."""
+        num_tokens = self.positions.shape[0]
+        ends = self.cu_seqlens[1:]
+        return torch.bucketize(torch.arange(num_tokens, device=ends.device, dtype=ends.dtype), ends, right=True)
+
+
+def tile_table(cu_seqlens: np.ndarray, block: int = TILE) -> np.ndarray:
+    """Cut every sequence into tiles of `block` tokens: (T // block + B, 3) int32, the longest sequence first.
+
+    A row is the first token of the tile's sequence, the sequence's length, and the tile's first token counted from the
+    sequence's: no program has to look for its sequence, and the long ones do not start last. The number of rows, enough
+    for any lengths, follows from T and B alone; those left over are 0: an empty sequence.
+    """
+    lengths = np.diff(cu_seqlens)
+    order = np.argsort(-lengths, kind="stable")
+    starts, lengths = cu_seqlens[:-1][order], lengths[order]
+    counts = -(-lengths // block)
+    ends = np.cumsum(counts)
+    num_tiles = int(counts.sum())
+    tiles = np.zeros((int(cu_seqlens[-1]) // block + len(lengths), 3), dtype=np.int32)
+    tiles[:num_tiles, 0] = np.repeat(starts, counts)
+    tiles[:num_tiles, 1] = np.repeat(lengths, counts)
+    tiles[:num_tiles, 2] = (np.arange(num_tiles) - np.repeat(ends - counts, counts)) * block
+    return tiles

@@ -1,0 +1,31 @@
+"""Layout: where sequences lie, and the tiles that attention's kernels work through."""
+
+import numpy as np
+import pytest
+import torch
+
+from moltron.layers.layout import TILE, Layout, tile_table
+
+
+def test_layout_of_lengths():
+    layout = Layout.of(np.array([2, 1, 3]), 8)
+    assert layout.cu_seqlens.tolist() == [0, 2, 3, 6] and layout.positions.tolist() == [0, 1, 0, 0, 1, 2]
+    assert (layout.lengths, layout.max_seqlen) == ((2, 1, 3), 8)
+    assert layout.sequence_index().tolist() == [0, 0, 1, 2, 2, 2]
+    assert layout.tiles.tolist() == [[3, 3, 0], [0, 2, 0], [2, 1, 0]]
+    tensors = (layout.cu_seqlens, layout.positions, layout.tiles)
+    assert all(x.dtype == torch.int32 for x in tensors)
+    moved = layout.to("meta")
+    assert all(x.is_meta for x in (moved.cu_seqlens, moved.positions, moved.tiles)) and moved.lengths == layout.lengths
+
+
+@pytest.mark.parametrize("block", [TILE, 16])
+@pytest.mark.parametrize("lengths", [[5, 0, 64, 65, 128, 1, 65], [300], [1] * 9, [64] * 5, [0, 0]])
+def test_tiles_cover_every_token_once_longest_first(lengths, block):
+    cu = np.cumsum([0, *lengths])
+    tiles = tile_table(cu, block)
+    assert tiles.shape == (sum(lengths) // block + len(lengths), 3) and tiles.dtype == np.int32
+    real = [tuple(row) for row in tiles.tolist() if row[2] < row[1]]
+    expected = [(start, n, first) for start, n in zip(cu.tolist(), lengths) for first in range(0, n, block)]
+    assert sorted(real) == sorted(expected)
+    assert [n for _, n, _ in real] == sorted((n for _, n, _ in real), reverse=True)
