@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import resource
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,25 +172,28 @@ class Trainer:
         return self._result(reason)
 
     def _steps(self, last: int, progress: Progress) -> str:
-        pending: Pending | None = None
+        waiting: list[Pending] = []  # at most one step that the device may still be working on
         reason = "finished"
         steps = iter(self.loader)
-        self.meter.reset()
+        self.meter.reset(time.perf_counter())
         while self.step_done < last and reason == "finished":
             with self.meter.part("data"):
                 data = next(steps)
             step = self.step_done + 1
-            current = self.train_step(step, data.batches, data.count, self.run_.rate(step), self.stop.received)
-            stop = self._finish(pending, progress)  # of the step before: this one's numbers are still on their way
-            pending, self.step_done, self.position = current, step, data.position
-            if self._due(step, last):
-                stop |= self._finish(pending, progress, defer_line=True)
-                pending, reason = None, self._evaluate_and_save(step, last)
+            waiting.append(self.train_step(step, data.batches, data.count, self.run_.rate(step), self.stop.received))
+            self.step_done, self.position = step, data.position
+            due, stop = self._due(step, last), False
+            while len(waiting) > (0 if due or self.train_step.waits else 1):
+                pending = waiting.pop(0)
+                stop |= self._finish(pending, progress, defer_line=due and not waiting)
+            if due:
+                reason = self._evaluate_and_save(step, last)
                 progress.update(step, self._text())
             stop |= collectives.world_size() == 1 and self.stop.received
             if stop and reason == "finished" and step < last:
                 reason = "interrupted"
-        self._finish(pending, progress)
+        for pending in waiting:
+            self._finish(pending, progress)
         if self.saved_step != self.step_done:
             self._save(None)
         steps.close()  # type: ignore[attr-defined]
@@ -199,10 +203,8 @@ class Trainer:
         config = self.config
         return step == last or step % config.train.eval_every == 0 or step % config.checkpoint.every == 0
 
-    def _finish(self, pending: Pending | None, progress: Progress, defer_line: bool = False) -> bool:
+    def _finish(self, pending: Pending, progress: Progress, defer_line: bool = False) -> bool:
         """Read a step's numbers: check, count, write its line. Returns whether a rank was asked to stop."""
-        if pending is None:
-            return False
         reading = self.reading = pending.read()
         if reading.skipped:
             self.skipped += 1
@@ -210,10 +212,10 @@ class Trainer:
             raise NonFiniteError(self._report(reading))
         if not reading.finite and (self.scaler is None or not math.isfinite(reading.loss)):
             log.warning("Step %d skipped: loss %g, gradient norm %g", reading.step, reading.loss, reading.grad_norm)
-        self.meter.add(reading.tokens, reading.padded, reading.squares)
+        self.meter.add(reading.tokens, reading.padded, reading.squares, reading.seconds)
         if not defer_line:
             if reading.step % self.config.train.log_every == 0:
-                self._write(reading, None)
+                self._write(self._line(reading))
             progress.update(reading.step, self._text())
         return reading.stop
 
@@ -225,7 +227,10 @@ class Trainer:
         config, reading = self.config, self.reading
         assert reading is not None
         val_loss, is_kept, reason = None, False, "finished"
-        if self.evaluator is not None and (step == last or step % config.train.eval_every == 0):
+        is_eval = self.evaluator is not None and (step == last or step % config.train.eval_every == 0)
+        is_logged = is_eval or step % config.train.log_every == 0 or step == last
+        line = self._line(reading) if is_logged else None  # its window ends here, before the evaluation
+        if self.evaluator is not None and is_eval:
             with self.meter.part("eval"):
                 val_loss = self.val_loss = self.evaluator.loss(self.run_.model)
             if not math.isfinite(val_loss):
@@ -235,8 +240,8 @@ class Trainer:
             is_kept = val_loss in self.best and config.checkpoint.keep_best > 0
             if config.train.early_stop is not None and self.evals_since_best >= config.train.early_stop:
                 reason = "early_stop"
-        if val_loss is not None or step % config.train.log_every == 0 or step == last:
-            self._write(reading, val_loss)
+        if line is not None:
+            self._write(line, val_loss)
         if step == last or step % config.checkpoint.every == 0 or is_kept or reason != "finished":
             self._save(val_loss)
         if val_loss is not None and self.sinks is not None:
@@ -267,21 +272,25 @@ class Trainer:
             self.run_.manager.save(self.step_done, tensors, meta, val_loss)
             self.saved_step = self.step_done
 
-    def _write(self, reading: Reading, val_loss: float | None) -> None:
-        """One metrics line; on all ranks, since the window begins anew."""
+    def _write(self, line: dict[str, Any], val_loss: float | None = None) -> None:
+        if val_loss is not None:
+            line |= {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)}
+        if self.sinks is not None:
+            self.sinks.write(line)
+
+    def _line(self, reading: Reading) -> dict[str, Any]:
+        """One metrics line, not evaluated yet; the next window begins."""
         effective = self.meter.effective_length
         rates = self.meter.rates()
-        if self.sinks is None:
-            return
         mfu = None
         if self.peak is not None:
             flops = self.run_.model.flops_per_token(effective)  # type: ignore[operator]
             mfu = rates["tokens_per_second"] * flops / (self.peak * collectives.world_size())
-        line: dict[str, Any] = {
+        return {
             "step": reading.step,
             "train_loss": _number(reading.loss),
-            "val_loss": val_loss,
-            "val_perplexity": None if val_loss is None else perplexity(val_loss),
+            "val_loss": None,
+            "val_perplexity": None,
             "lr": reading.lr,
             "grad_norm": _number(reading.grad_norm),
             "tokens": self.meter.tokens,
@@ -291,7 +300,6 @@ class Trainer:
             "mfu": mfu,
             "memory": _peak_memory(self.run_.device),
         }
-        self.sinks.write(line)
 
     def _text(self) -> str:
         """What stands beside the bar."""

@@ -56,10 +56,11 @@ class Meter:
     def __init__(self, tokens: int = 0):
         """tokens: real tokens of the run so far."""
         self.tokens = tokens
-        self.reset()
+        self.now = 0.0  # when the last step that was added ended
+        self.reset(time.perf_counter())
 
-    def reset(self) -> None:
-        self.began = time.perf_counter()
+    def reset(self, now: float) -> None:
+        self.began = self.now = now
         self.window_tokens = self.window_padded = 0
         self.window_squares = 0.0
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
@@ -70,8 +71,12 @@ class Meter:
         yield
         self.seconds[name] += time.perf_counter() - began
 
-    def add(self, tokens: int, padded: int, squares: float) -> None:
-        """One step over all ranks: real tokens, tokens with filler, Σ len² of the real sequences."""
+    def add(self, tokens: int, padded: int, squares: float, seconds: float | None = None) -> None:
+        """One step over all ranks: real tokens, tokens with filler, Σ len² of the real sequences.
+
+        seconds: from the end of the step before to the end of this one; None: it has just ended.
+        """
+        self.now = time.perf_counter() if seconds is None else self.now + seconds
         self.tokens += tokens
         self.window_tokens += tokens
         self.window_padded += padded
@@ -83,8 +88,8 @@ class Meter:
         return self.window_squares / max(self.window_tokens, 1)
 
     def rates(self) -> dict[str, float]:
-        """The window's rates and shares; begins the next window."""
-        wall = max(time.perf_counter() - self.began, 1e-9)
+        """The window's rates and shares, up to the end of the last step added; begins the next window there."""
+        wall = max(self.now - self.began, 1e-9)
         seconds = max(wall - self.seconds["eval"], 1e-9)
         rates = {
             "tokens_per_second": self.window_tokens / seconds,
@@ -94,7 +99,7 @@ class Meter:
             "share_eval": self.seconds["eval"] / wall,
             "share_checkpoint": self.seconds["checkpoint"] / wall,
         }
-        self.reset()
+        self.reset(self.now)
         return rates
 
 

@@ -220,12 +220,13 @@ def build_run(config: TrainConfig, device: torch.device) -> Run:
     family, architecture = _model_section(config)
     assert family is not None
     spec, precision = get_spec(family), resolve_precision(config.train.precision, device)
+    is_fast = device.type == "cuda" and precision != "fp32"  # fp32's attention kernel cannot be traced
     model = parallelize(
         build_model(family, architecture),
         spec.plan,
         device,
         precision=precision,
-        compile=device.type == "cuda" if config.train.compile is None else config.train.compile,
+        compile=config.train.compile if config.train.compile is not None else is_fast,
         reshard_after_forward=config.parallel.reshard_after_forward,
     )
     model_config = make_config(family, architecture)

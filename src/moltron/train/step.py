@@ -53,7 +53,10 @@ class LossScaler:
 
 @dataclass
 class Reading:
-    """A finished step, in plain numbers. loss: mean over all targets of all ranks. packs: this rank's loss sums."""
+    """A finished step, in plain numbers. loss: mean over all targets of all ranks. packs: this rank's loss sums.
+
+    seconds: from the end of the step before to the end of this one, by the GPU's own clock; None: it has just ended.
+    """
 
     step: int
     lr: float
@@ -66,6 +69,7 @@ class Reading:
     skipped: bool
     packs: list[float]
     records: list[np.ndarray]
+    seconds: float | None
 
     @property
     def finite(self) -> bool:
@@ -80,8 +84,9 @@ class Pending:
     lr: float
     values: Tensor  # GLOBAL, then the loss of each pack; float64 on the host, valid once `event` has happened
     records: list[np.ndarray]
-    event: Any = None
     skipped: bool = False
+    event: Any = None
+    event_before: Any = None
     reading: Reading | None = field(default=None, repr=False)
 
     def read(self) -> Reading:
@@ -103,6 +108,7 @@ class Pending:
                 skipped=self.skipped,
                 packs=numbers[len(GLOBAL) :],
                 records=self.records,
+                seconds=self.event_before.elapsed_time(self.event) / 1e3 if self.event_before else None,
             )
         return self.reading
 
@@ -126,6 +132,8 @@ class TrainStep:
         """
         self.model, self.loss, self.optimizer, self.device = model, loss, optimizer, device
         self.clip, self.scaler, self.skip_nonfinite, self.sync_each = clip, scaler, skip_nonfinite, sync_each
+        self.waits = device.type != "cuda" or scaler is not None or skip_nonfinite  # a step is over when it returns
+        self.event: Any = None
 
     def __call__(self, step: int, batches: list[PackedBatch], targets: int, lr: float, stop: bool = False) -> Pending:
         """batches: this rank's packs. targets: how many this rank has. stop: this rank was asked to stop."""
@@ -191,6 +199,6 @@ class TrainStep:
             return Pending(step, lr, values, records, skipped=skipped)
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return Pending(step, lr, host, records, event, skipped)
+        before, self.event = self.event, torch.cuda.Event(enable_timing=True)
+        self.event.record()
+        return Pending(step, lr, host, records, skipped, self.event, before)

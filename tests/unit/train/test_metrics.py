@@ -24,12 +24,13 @@ def test_rewind_drops_a_torn_line_and_the_future(tmp_path):
 
 
 def test_meter_rates(monkeypatch):
-    clock = iter([0.0, 1.0, 3.0, 10.0, 10.0]).__next__
+    clock = iter([0.0, 1.0, 3.0, 4.0]).__next__
     monkeypatch.setattr(metrics.time, "perf_counter", clock)
     meter = Meter(tokens=100)
     with meter.part("eval"):  # 2 seconds
         pass
-    meter.add(tokens=800, padded=1000, squares=800 * 30.0)
+    meter.add(tokens=300, padded=500, squares=300 * 30.0)  # ended now, at 4
+    meter.add(tokens=500, padded=500, squares=500 * 30.0, seconds=6.0)  # ended at 10, whatever the host's clock says
     assert meter.effective_length == 30
     rates = meter.rates()
     assert rates["tokens_per_second"] == 800 / 8  # 10 seconds without 2 of evaluation
@@ -37,7 +38,7 @@ def test_meter_rates(monkeypatch):
     assert (rates["share_eval"], rates["data_wait"]) == (0.2, 0.0)
     assert rates["share_compute"] == pytest.approx(0.8)
     assert meter.tokens == 900
-    assert meter.window_tokens == 0
+    assert (meter.window_tokens, meter.began) == (0, 10.0)
 
 
 def test_peak_flops_by_name():
