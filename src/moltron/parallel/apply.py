@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,9 @@ def parallelize(
         compile_units(model, plan)
     if world_size() > 1 or precision != "fp32":
         mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("dp_shard",))
-        settings = dict(mesh=mesh, mp_policy=mixed_precision(precision), reshard_after_forward=reshard_after_forward)
+        settings: dict[str, Any] = dict(
+            mesh=mesh, mp_policy=mixed_precision(precision), reshard_after_forward=reshard_after_forward
+        )
         for unit in units(model, plan):
             fully_shard(unit, **settings)
         fully_shard(model, **settings)
