@@ -6,10 +6,14 @@ and enters one logistic regression over all layers and heads. Layers are folded 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from moltron.layers.blocks import Block
 from moltron.models.batch import PackedBatch
+from moltron.models.encoder import Encoder
 
 
 def average_product_correction(maps_NLL: Tensor) -> Tensor:
@@ -17,16 +21,18 @@ def average_product_correction(maps_NLL: Tensor) -> Tensor:
     return maps_NLL - rows * columns / maps_NLL.sum((-1, -2), keepdim=True)
 
 
-def predict_contacts(model: nn.Module, batch: PackedBatch) -> Tensor:
+def predict_contacts(model: Encoder, batch: PackedBatch) -> Tensor:
     """Probability of contact of every pair of residues, (L, L) fp32, for the first sequence of the batch."""
-    if getattr(model, "contact_head", None) is None:
+    head: nn.Linear | None = getattr(model, "contact_head", None)
+    if head is None:
         raise ValueError("this model has no contact head; ESM-1b and ESM-2 have one")
     length = batch.layout.lengths[0]
     x_TD, rotary = model.embed_tokens(batch)
-    weight_LN = model.contact_head.weight.float().view(len(model.layers), -1)
-    rotary_one = None if rotary is None else tuple(table[:length] for table in rotary)
-    logits = model.contact_head.bias.float()
-    for weight_N, block in zip(weight_LN, model.layers.values(), strict=True):
+    weight_LN = head.weight.float().view(len(model.layers), -1)
+    rotary_one = None if rotary is None else (rotary[0][:length], rotary[1][:length])
+    logits = head.bias.float()
+    for weight_N, layer in zip(weight_LN, model.layers.values(), strict=True):
+        block = cast(Block, layer)
         maps = block.attention.probabilities(block.attention_norm(x_TD[:length]), rotary_one)[:, 1:-1, 1:-1]
         maps = average_product_correction(maps + maps.transpose(-1, -2))
         logits = logits + torch.einsum("n,nqk->qk", weight_N, maps)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from moltron.layers.positions import Rotary
 from moltron.models.batch import Output, PackedBatch
 
 VOCAB_MULTIPLE = 64
@@ -22,7 +24,17 @@ def copy_value(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def run_encoder(model: nn.Module, batch: PackedBatch, hidden_layers: Collection[int]) -> Output:
+class Encoder(Protocol):
+    """What the families have in common, for `run_encoder` and contacts."""
+
+    layers: nn.ModuleDict
+    norm: nn.LayerNorm
+
+    def embed_tokens(self, batch: PackedBatch) -> tuple[Tensor, Rotary]: ...
+    def logits(self, hidden_MD: Tensor) -> Tensor: ...
+
+
+def run_encoder(model: Encoder, batch: PackedBatch, hidden_layers: Collection[int]) -> Output:
     """Embedding → blocks → norm → logits at the batch's targets, keeping the hidden states asked for."""
     x_TD, rotary = model.embed_tokens(batch)
     hiddens = {0: x_TD} if 0 in hidden_layers else {}

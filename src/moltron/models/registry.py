@@ -36,7 +36,7 @@ def architecture_problems(family: Any, architecture: Mapping[str, Any]) -> list[
         value = architecture.get(name, field.default)
         if value is dataclasses.MISSING:
             problems.append(f"model.{name} is missing")
-        elif not isinstance(value, kinds[field.type]) or (field.type != "bool" and isinstance(value, bool)):
+        elif not isinstance(value, kinds[str(field.type)]) or (field.type != "bool" and isinstance(value, bool)):
             problems.append(f"model.{name}={value!r} is not of type {field.type}")
         elif field.type == "float" and value < 0:
             problems.append(f"model.{name}={value} must not be negative")
