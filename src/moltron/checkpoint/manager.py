@@ -10,7 +10,6 @@ hidden name, flushed, and renamed last, so a folder named step-* is complete; no
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,18 +81,11 @@ def problem_of(path: Path, rank: int = 0, world: int = 1) -> str | None:
     """Why a checkpoint cannot be used, naming the file; None if all is well. A rank hashes its share of the files."""
     try:
         files = read_manifest(path).files
-    except CheckpointError as error:
+        for name in sorted(files)[rank::world]:
+            if sha256_file(path / name) != files[name]["sha256"]:
+                return f"{path / name}: the content does not match its sha256 in {MANIFEST}"
+    except (CheckpointError, OSError) as error:
         return str(error)
-    for name in sorted(files)[rank::world]:
-        file, expected = path / name, files[name]
-        try:
-            size = file.stat().st_size
-            if size != expected["size"]:
-                return f"{file}: {size} bytes instead of {expected['size']}"
-            if sha256_file(file) != expected["sha256"]:
-                return f"{file}: the content does not match its sha256 in {MANIFEST}"
-        except OSError as error:
-            return f"{file}: {error.strerror}"
     return None
 
 
@@ -116,7 +108,7 @@ def _metric_of(path: Path) -> float:
         metric = read_manifest(path).metric
     except CheckpointError:
         return math.inf
-    return math.inf if metric is None or math.isnan(metric) else metric
+    return math.inf if metric is None else metric
 
 
 def load_tensors(path: str | Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> Manifest:
@@ -221,74 +213,63 @@ class CheckpointManager:
         return values
 
     def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
-        staged, on_cuda = {}, False
+        staged: dict[str, Chunk] = {}
         for index, name in enumerate(sorted(tensors)):
             chunk = local_chunk(tensors[name], owner=index % self.world, rank=self.rank)
-            if chunk is None:
-                continue
-            piece, offset = chunk
-            buffer = self._staging.get(name)
-            if buffer is None or buffer.shape != piece.shape or buffer.dtype != piece.dtype:
-                buffer = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
-                self._staging[name] = buffer
-            buffer.copy_(piece, non_blocking=True)
-            staged[name] = (buffer, offset)
-            on_cuda |= piece.is_cuda
-        self._staging = {name: piece for name, (piece, _) in staged.items()}
-        if on_cuda:
+            if chunk is not None:
+                piece, offset = chunk
+                buffer = self._staging.get(name)
+                if buffer is None or buffer.shape != piece.shape or buffer.dtype != piece.dtype:
+                    buffer = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
+                staged[name] = (buffer.copy_(piece, non_blocking=True), offset)
+        self._staging = {name: buffer for name, (buffer, _) in staged.items()}
+        if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
         return staged
 
     # ----------------------------------------------------------------------------------- in the background thread
 
     def _write(self, step: int, staged: dict[str, Chunk], content: dict) -> None:
-        final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".{final.name}.partial"
+        partial = self.folder / f".step-{step:08d}.partial"
+        shard = f"shard-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
 
         def prepare() -> None:
             if self.rank == 0:
                 self._tidy()
                 partial.mkdir(parents=True)
 
-        def shard() -> dict:
-            name = f"shard-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
-            return {name: write_shard(partial / name, staged)} if staged else {}
-
         def publish() -> None:
             if self.rank == 0:
                 content["files"] = {name: entry for part in files for name, entry in part.items()}
-                self._publish(partial, final, content)
+                self._publish(partial, content)
 
-        self._together(step, prepare, partial)
-        files = self._together(step, shard, partial)
-        self._together(step, publish, partial)
+        self._together(step, partial, prepare)
+        files = self._together(step, partial, lambda: {shard: write_shard(partial / shard, staged)} if staged else {})
+        self._together(step, partial, publish)
 
-    def _together(self, step: int, action: Any, partial: Path) -> list:
+    def _together(self, step: int, partial: Path, action: Callable[[], Any]) -> list:
         """Run `action` on each rank; if it fails on one, all of them raise, and nothing half-written stays."""
         result, failure = None, None
         try:
             result = action()
-        except OSError as error:
-            hint = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
-            failure = f"{error.strerror or error} ({error.filename or partial}){hint}"
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
-        outcomes = self._gather((result, failure))
-        failures = [failure for _, failure in outcomes if failure]
-        if failures:
+        results, failures = zip(*self._gather((result, failure)))
+        if any(failures):
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: "
-                f"{'; '.join(dict.fromkeys(failures))}. Earlier checkpoints are untouched."
+                f"{'; '.join(dict.fromkeys(filter(None, failures)))}; if the disk is full, free some space. "
+                "Earlier checkpoints are untouched."
             )
-        return [result for result, _ in outcomes]
+        return list(results)
 
-    def _publish(self, partial: Path, final: Path, content: dict) -> None:
-        manifest = {"format": FORMAT, **content, "sha256": _checksum(content)}
-        write_json(partial / MANIFEST, manifest)
+    def _publish(self, partial: Path, content: dict) -> None:
+        write_json(partial / MANIFEST, {"format": FORMAT, **content, "sha256": _checksum(content)})
         fsync(partial)
-        replaced = self.folder / f".{final.name}.replaced"
+        final = partial.with_name(partial.name[1:].removesuffix(".partial"))
+        replaced = partial.with_suffix(".replaced")
         if final.exists():  # the step once more: the old one steps aside, `_tidy` brings it back after a crash here
             os.rename(final, replaced)
         os.rename(partial, final)
@@ -301,21 +282,17 @@ class CheckpointManager:
         """Delete what neither keep_last nor keep_best holds. Those after `step`, an abandoned future, stay."""
         paths = [p for p in list_checkpoints(self.folder) if int(p.name[5:]) <= step and p not in self._refused]
         ranked = [p for p in sorted(reversed(paths), key=_metric_of) if _metric_of(p) < math.inf]
-        keep = {*paths[-self.keep_last :], *ranked[: self.keep_best]}
-        for path in paths:
-            if path not in keep:
-                doomed = self.folder / f".{path.name}.partial"  # so that a half-deleted one never looks finished
-                with contextlib.suppress(OSError):
-                    os.rename(path, doomed)
-                    shutil.rmtree(doomed)
+        for path in set(paths) - {*paths[-self.keep_last :], *ranked[: self.keep_best]}:
+            doomed = self.folder / f".{path.name}.partial"  # so that a half-deleted one never looks finished
+            with contextlib.suppress(OSError):
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
 
     def _tidy(self) -> None:
         """Remove what an interrupted save left behind; rank 0, no save in flight."""
         for path in self.folder.glob(".step-*.replaced"):
-            final = self.folder / path.name.removeprefix(".").removesuffix(".replaced")
-            if final.exists():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
+            final = self.folder / path.name[1:].removesuffix(".replaced")
+            if not final.exists():
                 os.rename(path, final)
-        for path in self.folder.glob(".step-*.partial"):
+        for path in [*self.folder.glob(".step-*.replaced"), *self.folder.glob(".step-*.partial")]:
             shutil.rmtree(path, ignore_errors=True)

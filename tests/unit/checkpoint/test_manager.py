@@ -67,6 +67,7 @@ def test_round_trip_is_exact(tmp_path):
     manifest = read_manifest(path)
     assert (manifest.step, manifest.metric) == (7, 2.5)
     assert {p.name for p in path.iterdir()} == {MANIFEST, "shard-00001-of-00001.safetensors"}
+    assert len({p.stat().st_mode for p in path.iterdir()}) == 1  # whoever may read one file may read all
 
 
 def test_parts_and_dtype_casts(tmp_path):
@@ -231,8 +232,10 @@ def test_arguments(tmp_path):
     manager = CheckpointManager(tmp_path)
     with pytest.raises(ValueError, match="plain values"):
         manager.save(1, {}, {"x": torch.ones(1)})
-    with pytest.raises(ValueError, match="complex64"):
-        manager.save(1, {"model.x": torch.ones(1, dtype=torch.complex64)}, {})
+    manager.save(1, {"model.x": torch.ones(1, dtype=torch.complex128)}, {})
+    with pytest.raises(ValueError, match="complex128"):
+        manager.wait()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.gpu
