@@ -37,7 +37,7 @@ _LOG2E = tl.constexpr(math.log2(math.e))
 _FORWARD, _DQ, _DKDV = range(3)
 _TUNING = {
     16: ((3, None), (3, None), (2, 128)),
-    24: ((3, None), (3, None), (3, None)),
+    24: ((3, None), (3, None), (3, 168)),
     32: ((3, None), (3, None), (2, 128)),
     64: ((3, None), (3, None), (2, 168)),
     128: ((2, None), (2, None), (2, None)),
