@@ -2,24 +2,22 @@
 
     name[@revision] ──> repository ──hub: files and hashes──> big files, resumed, verified ──> snapshot folder
 
-The cache is huggingface_hub's own (HF_HOME, or cache_dir), shared with every other program that uses it. Big files are
-put into it here, because its client verifies no hash and starts anew after a kill; small files and the layout are its
-work. Beside the snapshot a record of the verified hashes is kept: with it, nothing asks the hub again. Knows nothing
-of models.
+The cache is huggingface_hub's own (HF_HOME, or cache_dir), shared with every other program that uses it, and filled by
+it, save that its client verifies no hash and starts anew after a kill: so big files are put there by `_fetch_blob`.
+Beside the snapshot a record of the verified hashes is kept: with it, nothing asks the hub again. Knows nothing of
+models.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import http.client
 import logging
-import time
-import urllib.request
+import os
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
-from huggingface_hub.utils import tqdm
+from huggingface_hub.file_download import http_get, repo_folder_name
 
 from moltron.common.manifest import read_json, sha256_file, write_json
 from moltron.config.schema import DownloadConfig
@@ -33,8 +31,6 @@ REPOSITORIES = {
     "esm2_15B": "facebook/esm2_t48_15B_UR50D",
     "esm1b": "facebook/esm1b_t33_650M_UR50S",
 }
-ATTEMPTS = 4  # in a row without a single byte
-TIMEOUT = 30  # seconds without a byte
 PATTERNS = ["*.safetensors", "*.json", "vocab.txt"]
 log = logging.getLogger(__name__)
 
@@ -88,9 +84,8 @@ def fetch(
     hashes = {s.rfilename: f"sha256:{s.lfs.sha256}" if s.lfs else f"git:{s.blob_id}" for s in siblings}
     size = sum(s.size or 0 for s in siblings)
     log.info("Downloading %s@%s: %d files, %.2f GB", repository, info.sha, len(hashes), size / 1e9)
-    blobs = (
-        Path(cache_dir or constants.HF_HUB_CACHE).expanduser() / f"models--{repository.replace('/', '--')}" / "blobs"
-    )
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    blobs = cache / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
     try:
         for sibling in siblings:
             if sibling.lfs is not None:
@@ -99,7 +94,7 @@ def fetch(
         snapshot = snapshot_download(
             repository, revision=revision, cache_dir=cache_dir, endpoint=endpoint, allow_patterns=list(hashes)
         )
-    except OSError as error:
+    except Exception as error:  # httpx's, the hub client's or the disk's
         raise ValueError(f"{repository}: download interrupted ({error}); the same command resumes it") from error
     folder = Path(snapshot)
     if folder.name != info.sha:
@@ -112,55 +107,30 @@ def fetch(
 
 
 def _fetch_blob(url: str, blob: Path, size: int) -> None:
-    """Download to `blob`, whose name is the content's sha256, going on where an earlier try stopped."""
-    if blob.is_file():
-        return
+    """Download to `blob`, going on where an earlier try, or a killed process, stopped."""
     blob.parent.mkdir(parents=True, exist_ok=True)
     partial = blob.with_name(f"{blob.name}.moltron-partial")
-    with open(partial, "ab") as file, tqdm(total=size, unit="B", unit_scale=True, desc=Path(url).name) as progress:
+    with open(partial, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # one of several processes downloads, the others find the blob
-        if blob.is_file():
-            return
-        idle = 0
-        while (done := file.tell()) < size:
-            progress.update(done - progress.n)
-            request = urllib.request.Request(url, headers={"User-Agent": "moltron", "Range": f"bytes={done}-"})
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                    if response.status != 206:  # this server knows no ranges
-                        file.truncate(0)
-                        file.seek(0)
-                    while piece := response.read1(1 << 20):
-                        file.write(piece)
-                        progress.update(len(piece))
-            except (OSError, http.client.HTTPException) as error:
-                log.warning("%s: %s", url, error)
-            file.flush()
-            idle = 0 if file.tell() > done else idle + 1
-            if idle == ATTEMPTS:
-                raise OSError(f"nothing comes from {url}")
-            time.sleep(min(idle, 5))
-        progress.update(file.tell() - progress.n)
-    if sha256_file(partial) != blob.name:
-        partial.unlink()
-        raise ValueError(f"{url}: does not match the hub's sha256:{blob.name}; removed, the same command tries again")
-    partial.rename(blob)
+        if not blob.is_file():
+            if file.seek(0, os.SEEK_END) > size:  # not what the hub describes
+                file.seek(file.truncate(0))
+            http_get(url, file, resume_size=file.tell(), expected_size=size)
+            partial.rename(blob)
+    partial.unlink(missing_ok=True)
 
 
 def _cached(repository: str, revision: str, cache_dir: str | Path | None) -> Path | None:
     """The snapshot folder, if all its files are there and were verified."""
     try:
-        folder = Path(
-            snapshot_download(
-                repository, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=PATTERNS
-            )
+        snapshot = snapshot_download(
+            repository, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=PATTERNS
         )
     except OSError:  # huggingface_hub's LocalEntryNotFoundError is one
         return None
-    record = _record(folder)
-    if not record.is_file() or not all((folder / file).is_file() for file in read_json(record)):
-        return None
-    return folder
+    record = _record(Path(snapshot))
+    whole = record.is_file() and all((Path(snapshot) / file).is_file() for file in read_json(record))
+    return Path(snapshot) if whole else None
 
 
 def _record(folder: Path) -> Path:
