@@ -11,13 +11,13 @@ models.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
 import os
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
 from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.utils.sha import git_hash
 
 from moltron.common.manifest import read_json, sha256_file, write_json
 from moltron.config.schema import DownloadConfig
@@ -142,13 +142,8 @@ def _verify(folder: Path, hashes: dict[str, str]) -> None:
     for name, expected in hashes.items():
         file = folder / name
         kind, _, digest = expected.partition(":")
-        if (sha256_file(file) if kind == "sha256" else _git_hash(file)) != digest:
+        if (sha256_file(file) if kind == "sha256" else git_hash(file.read_bytes())) != digest:
             blob = file.resolve()
             file.unlink()
             blob.unlink(missing_ok=True)
             raise ValueError(f"{file}: does not match the hub's {expected}; removed, the same command fetches it again")
-
-
-def _git_hash(file: Path) -> str:
-    content = file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -5,7 +5,8 @@
 
 Kinds: checkpoint (a training checkpoint of ours), moltron (our exchange folder: our names, family and configuration in
 config.json), huggingface, fair-esm (.pt). What the names of other layouts mean is the families' affair (convert.py).
-Tensors are read one at a time from mapped files into a model born without memory. Nothing is ever unpickled as code.
+Files are mapped, and a tensor is read when it is copied into a model born without memory. Nothing is ever unpickled as
+code.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moltron.checkpoint.download import REPOSITORIES, fetch
@@ -41,15 +43,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Pretrained:
-    """source: the file or folder that was read. has_head: False for an encoder without a language-model head, which
-    embeds, but raises ValueError when asked for logits.
-    """
+    """source: the file or folder that was read."""
 
     spec: ModelSpec
     config: Any
     model: nn.Module
     source: str
-    has_head: bool = True
+
+    @property
+    def has_head(self) -> bool:
+        """False for an encoder without a language-model head, which embeds, but raises ValueError for logits."""
+        return not isinstance(self.model.head, MissingHead)
 
 
 class MissingHead(nn.Module):
@@ -92,19 +96,12 @@ def resolve(what: str | Path) -> tuple[str, Path]:
         log.info("%s: taking %s", path, good.name + ("" if metric is None else f", the best (metric {metric:.4f})"))
         return "checkpoint", good
     if (path / "config.json").is_file():
-        return ("moltron" if _read_config(path).get("model_type") == MODEL_TYPE else "huggingface"), path
+        return ("moltron" if read_json(path / "config.json").get("model_type") == MODEL_TYPE else "huggingface"), path
     if (path / MANIFEST).is_file():
         return "checkpoint", path
     raise ValueError(
         f"{path}: neither a run folder (checkpoints/), nor a checkpoint ({MANIFEST}), nor a model folder (config.json)"
     )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'}: not a JSON object")
-    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------- load
@@ -115,141 +112,109 @@ def load_pretrained(
 ) -> Pretrained:
     """A model with its weights, in evaluation mode. what: see `resolve`. dtype: of all parameters; None: float32."""
     kind, path = resolve(what)
-    make = partial(_make_model, device=device, dtype=dtype or torch.float32)
-    if kind == "checkpoint":
-        return _load_checkpoint(path, make)
-    if kind == "fair-esm":
-        return _load_fair(path, make)
-    theirs, tensors = _read_config(path), _open_folder(path)
-    if kind == "moltron":
-        spec = get_spec(theirs.get("family", ""))
-        config = make_config(spec.name, theirs.get("config", {}))
-        return _fill(spec, config, tensors.items(), make, str(path))
-    for spec in FAMILIES.values():
-        if spec.convert.is_hf(theirs):
-            config, weights = spec.convert.read_hf(theirs, tensors, str(path))
-            _check_vocabulary(path, config)
-            return _fill(spec, config, weights, make, str(path))
-    what_it_is = {name: theirs.get(name) for name in ("model_type", "position_embedding_type")}
-    raise ValueError(f"{path}/config.json: no family of moltron reads {what_it_is}")
-
-
-def _make_model(spec: ModelSpec, config: Any, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    reader = {"checkpoint": _checkpoint, "moltron": _ours, "huggingface": _huggingface, "fair-esm": _fair}[kind]
+    spec, config, weights = reader(path)
     with torch.device("meta"):
         model = spec.model(config)
-    return model.to(dtype).to_empty(device=device).eval()
+    model = model.to(dtype or torch.float32).to_empty(device=device).eval()
+    if weights is None:
+        load_tensors(path, {f"model.{name}": p for name, p in model.named_parameters()})
+    else:
+        _fill(model, weights, str(path))
+    return Pretrained(spec, config, model, str(path))
 
 
-def _fill(
-    spec: ModelSpec, config: Any, weights: Iterable[tuple[str, Tensor]], make: Callable[..., nn.Module], source: str
-) -> Pretrained:
+@torch.no_grad()
+def _fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Copy tensors into a new model; every parameter gets its value, unless the head or contact head is absent."""
-    model = make(spec, config)
     left = dict(model.named_parameters())
+    head = {name for name in left if name.startswith("head.")}
     for name, tensor in weights:
         parameter = left.pop(name, None)
         if parameter is None or parameter.shape != tensor.shape:
             here = "no such parameter" if parameter is None else f"{list(parameter.shape)} by its configuration"
             raise ValueError(f"{source}: {name} has shape {list(tensor.shape)}, {here}")
-        with torch.no_grad():
-            parameter.copy_(tensor)
-    contacts = [name for name in left if name.startswith("contact_head.")]
-    for name in contacts:
-        nn.init.zeros_(left.pop(name))
+        parameter.copy_(tensor)
+    contacts = [left.pop(name).zero_() for name in list(left) if name.startswith("contact_head.")]
     if contacts:
         log.info("%s: no contact regression; predicted contacts mean nothing", source)
-    has_head = not left
-    if left and set(left) == {name for name, _ in model.named_parameters() if name.startswith("head.")}:
-        model.head = MissingHead(source)
-    elif left:
+    if left and set(left) != head:
         raise ValueError(f"{source}: missing {', '.join(sorted(left))}")
-    return Pretrained(spec, config, model, source, has_head)
+    if left:
+        model.head = MissingHead(source)
 
 
-def _load_checkpoint(path: Path, make: Callable[..., nn.Module]) -> Pretrained:
-    try:
-        described = read_manifest(path).meta["model"]
-        spec = get_spec(described["family"])
-        config = make_config(spec.name, described["config"])
-    except KeyError as error:
-        raise ValueError(f"{path}: this checkpoint does not say which model it holds ({error} is missing)") from error
-    model = make(spec, config)
-    load_tensors(path, {f"model.{name}": p for name, p in model.named_parameters()})
-    return Pretrained(spec, config, model, str(path))
+Found = tuple[ModelSpec, Any, Iterable[tuple[str, Tensor]] | None]  # family, configuration, our names and tensors
 
 
-def _load_fair(path: Path, make: Callable[..., nn.Module]) -> Pretrained:
-    checkpoint = dict(_load_pt(path))
+def _checkpoint(path: Path) -> Found:
+    """Without tensors: they are read in place, from any number of shards."""
+    return *_described(read_manifest(path).meta.get("model", {}), path), None
+
+
+def _ours(path: Path) -> Found:
+    return *_described(read_json(path / "config.json"), path), _read_folder(path).items()
+
+
+def _described(model: dict[str, Any], path: Path) -> tuple[ModelSpec, Any]:
+    if not {"family", "config"} <= set(model):
+        raise ValueError(f"{path} does not say which model it holds (family and config)")
+    return get_spec(model["family"]), make_config(model["family"], model["config"])
+
+
+def _huggingface(path: Path) -> Found:
+    theirs = read_json(path / "config.json")
+    for spec in FAMILIES.values():
+        if spec.convert.is_hf(theirs):
+            config, weights = spec.convert.read_hf(theirs, _read_folder(path), str(path))
+            _check_vocabulary(path, config)
+            return spec, config, weights
+    what_it_is = {name: theirs.get(name) for name in ("model_type", "position_embedding_type")}
+    raise ValueError(f"{path}/config.json: no family of moltron reads {what_it_is}")
+
+
+def _fair(path: Path) -> Found:
+    checkpoint = _load_pt(path)
     regression = path.with_name(f"{path.stem}-contact-regression.pt")
     if regression.is_file():
         checkpoint["model"] = {**checkpoint["model"], **_load_pt(regression)["model"]}
     for spec in FAMILIES.values():
         if "model" in checkpoint and spec.convert.is_fair(checkpoint):
-            config, weights = spec.convert.read_fair(checkpoint, str(path))
-            return _fill(spec, config, weights, make, str(path))
+            return spec, *spec.convert.read_fair(checkpoint, str(path))
     raise ValueError(
         f"{path}: not a fair-esm checkpoint of ESM-1b or ESM-2; it holds {', '.join(map(str, checkpoint))}"
     )
 
 
-def _load_pt(path: Path) -> Mapping[str, Any]:
+def _load_pt(path: Path) -> dict[str, Any]:
     """A torch file of tensors and plain values; argparse.Namespace is the one class that is let in."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            try:
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # written before torch 1.6: cannot be mapped
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path}: not a torch file of tensors and plain values alone: {error}") from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path}: holds a {type(loaded).__name__} instead of a dictionary")
-    return loaded
+    mmap = zipfile.is_zipfile(path)  # what was written before torch 1.6 is none, and cannot be mapped
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+    except Exception as error:
+        raise ValueError(f"{path}: not a torch file of tensors and plain values alone: {error}") from error
 
 
-class _TensorFiles(Mapping):
-    """The tensors of safetensors files by name, read when asked for."""
-
-    def __init__(self, files: Iterable[Path]):
-        self.where = {}
-        for file in files:
-            try:
-                opened = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: not readable as safetensors ({error}); fetch or write it again") from error
-            for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                if name in self.where:
-                    raise ValueError(f"{file}: {name} is in another file too")
-                self.where[name] = opened
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.where[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.where)
-
-    def __len__(self) -> int:
-        return len(self.where)
-
-
-def _open_folder(folder: Path) -> Mapping[str, Tensor]:
+def _read_folder(folder: Path) -> dict[str, Tensor]:
     """The weights of a model folder: safetensors if there are any, else pytorch_model.bin; one file or an index."""
-    for name, is_torch in (("model.safetensors", False), ("pytorch_model.bin", True)):
+    for name, read_file in (("model.safetensors", _load_safetensors), ("pytorch_model.bin", _load_pt)):
         index = folder / f"{name}.index.json"
-        if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            files = [folder / Path(n).name for n in names]
-        elif (folder / name).is_file():
-            files = [folder / name]
-        else:
-            continue
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [name]
+        files = [folder / Path(n).name for n in names]
         absent = [file.name for file in files if not file.is_file()]
-        if absent:
+        if not absent:
+            return {name: tensor for file in files for name, tensor in read_file(file).items()}
+        if index.is_file():
             raise ValueError(f"{folder}: {index.name} names files that are not there: {', '.join(absent)}")
-        if is_torch:
-            return {name: tensor for file in files for name, tensor in _load_pt(file).items()}
-        return _TensorFiles(files)
     raise ValueError(f"{folder}: no model.safetensors (nor an index of several, nor pytorch_model.bin)")
+
+
+def _load_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not readable as safetensors ({error}); fetch or write it again") from error
 
 
 def _check_vocabulary(folder: Path, config: Any) -> None:
@@ -258,7 +223,7 @@ def _check_vocabulary(folder: Path, config: Any) -> None:
         pieces = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
         ours = get_tokenizer(config.tokenizer).pieces
         if pieces != ours:
-            first = next((i for i, (a, b) in enumerate(zip(pieces, ours)) if a != b), min(len(pieces), len(ours)))
+            first = next(i for i, (a, b) in enumerate(zip_longest(pieces, ours)) if a != b)
             raise ValueError(f"{file}: differs from the vocabulary of {config.tokenizer} from line {first + 1} on")
 
 
@@ -285,49 +250,18 @@ def save_pretrained(
     if isinstance(head, MissingHead):
         raise ValueError(f"{head.source} has no language-model head: it cannot be written as a masked LM")
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    weights: Iterable[tuple[str, Tensor]] = state.items()
+    theirs = {"model_type": MODEL_TYPE, "family": spec.name, "config": dataclasses.asdict(config)}
     if format == "huggingface":
-        theirs, weights = spec.convert.write_hf(config, state)
-    else:
-        theirs = {"model_type": MODEL_TYPE, "family": spec.name, "config": dataclasses.asdict(config)}
+        theirs, state = spec.convert.write_hf(config, state)
+    state = {name: t.to("cpu", torch.float32 if name.endswith("inv_freq") else dtype) for name, t in state.items()}
     with staged_folder(folder, marker="config.json", overwrite=overwrite) as stage:
-        _save_weights(weights, stage, dtype)
+        save_torch_state_dict(state, stage, max_shard_size=SHARD_BYTES)
+        for file in stage.iterdir():
+            file.chmod(stage.stat().st_mode & 0o666)  # safetensors' files are the owner's alone: as the umask has it
         write_json(stage / "config.json", theirs | {"dtype": str(dtype).removeprefix("torch.")})
         if format == "huggingface":
             _write_tokenizer(stage, config)
     return folder
-
-
-def _save_weights(weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
-    """One file, or several with an index as `transformers` has them; one file's worth in memory at a time."""
-    files: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    total = size = 0
-
-    def flush() -> None:
-        if shard:
-            save_file(shard, folder / f"{len(files)}.part", metadata={"format": "pt"})
-            files.append(list(shard))
-            shard.clear()
-
-    for name, tensor in weights:
-        kept = torch.float32 if name.endswith("inv_freq") else dtype
-        tensor = tensor.to(device="cpu", dtype=kept).contiguous()
-        if size + tensor.nbytes > SHARD_BYTES:
-            flush()
-            size = 0
-        shard[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    weight_map = {}
-    for i, names in enumerate(files):
-        name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        os.rename(folder / f"{i}.part", folder / name)
-        weight_map |= dict.fromkeys(names, name)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_tokenizer(folder: Path, config: Any) -> None:

@@ -6,88 +6,96 @@ fair-esm's ESM2 and ProteinBertModel and the checkpoints published with it.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from moltron.models.encoder import pad_to
-from moltron.models.weightmap import Layout, Row, cut_rows, merge_heads, pad_rows, split_heads
+from moltron.models.weightmap import SAME, Row, heads, pad_rows, read
 from moltron.tokenizers.residues import get_tokenizer
 
 log = logging.getLogger(__name__)
 
-PAD_ID = 1  # both other layouts count positions from PAD_ID + 1: two rows of the table are never used
 TOKENIZER = "esm2"  # ESM-1b and ESM-2 share one vocabulary
+PAD_ID = 1
+UNUSED_POSITIONS = PAD_ID + 1  # both other layouts count positions from here: two rows of the table are never used
 
-# ours, transformers', fair-esm's; each of them a module with a weight and a bias
-IN_A_LAYER = (
-    ("attention_norm", "attention.LayerNorm", "self_attn_layer_norm"),
-    ("attention.out", "attention.output.dense", "self_attn.out_proj"),
-    ("mlp_norm", "LayerNorm", "final_layer_norm"),
-    ("mlp.up", "intermediate.dense", "fc1"),
-    ("mlp.down", "output.dense", "fc2"),
-)
-QKV = (
-    "attention.qkv",
-    ("attention.self.query", "attention.self.key", "attention.self.value"),
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-)
-LAYER = ("layers.{}", "esm.encoder.layer.{}", "layers.{}")
-OUTSIDE = (
-    ("embed_norm", "esm.embeddings.layer_norm", "emb_layer_norm_before"),
-    ("norm", "esm.encoder.emb_layer_norm_after", "emb_layer_norm_after"),
-    ("head.dense", "lm_head.dense", "lm_head.dense"),
-    ("head.norm", "lm_head.layer_norm", "lm_head.layer_norm"),
-    ("contact_head", "esm.contact_head.regression", "contact_head.regression"),
-)
-EMBED = ("embed.weight", "esm.embeddings.word_embeddings.weight", "embed_tokens.weight")
-POSITIONS = ("embed_positions.weight", "esm.embeddings.position_embeddings.weight", "embed_positions.weight")
-BIAS = ("head.bias", "lm_head.bias", "lm_head.bias")
-DECODER = ("", "lm_head.decoder.weight", "lm_head.weight")
-DROPPED = (r"inv_freq$", r"position_ids$", r"^esm\.pooler\.", r"^lm_head\.decoder\.bias$")
-
+# Ours, transformers', fair-esm's. #: a layer's number; *: weight and bias.
 HUGGINGFACE, FAIR_ESM = 1, 2
+TABLE = (
+    ("embed.weight", "esm.embeddings.word_embeddings.weight", "embed_tokens.weight"),
+    ("embed_positions.weight", "esm.embeddings.position_embeddings.weight", "embed_positions.weight"),
+    ("embed_norm.*", "esm.embeddings.layer_norm.*", "emb_layer_norm_before.*"),
+    ("layers.#.attention_norm.*", "esm.encoder.layer.#.attention.LayerNorm.*", "layers.#.self_attn_layer_norm.*"),
+    (
+        "layers.#.attention.qkv.*",
+        " ".join(f"esm.encoder.layer.#.attention.self.{part}.*" for part in ("query", "key", "value")),
+        " ".join(f"layers.#.self_attn.{part}_proj.*" for part in "qkv"),
+    ),
+    ("layers.#.attention.out.*", "esm.encoder.layer.#.attention.output.dense.*", "layers.#.self_attn.out_proj.*"),
+    ("layers.#.mlp_norm.*", "esm.encoder.layer.#.LayerNorm.*", "layers.#.final_layer_norm.*"),
+    ("layers.#.mlp.up.*", "esm.encoder.layer.#.intermediate.dense.*", "layers.#.fc1.*"),
+    ("layers.#.mlp.down.*", "esm.encoder.layer.#.output.dense.*", "layers.#.fc2.*"),
+    ("norm.*", "esm.encoder.emb_layer_norm_after.*", "emb_layer_norm_after.*"),
+    ("head.dense.*", "lm_head.dense.*", "lm_head.dense.*"),
+    ("head.norm.*", "lm_head.layer_norm.*", "lm_head.layer_norm.*"),
+    ("head.bias", "lm_head.bias", "lm_head.bias"),
+    ("contact_head.*", "esm.contact_head.regression.*", "contact_head.regression.*"),
+)
+TIED = ("", "lm_head.decoder.weight", "lm_head.weight")  # the embedding once more
+DROPPED = re.compile(r"inv_freq$|position_ids$|^esm\.pooler\.|^lm_head\.decoder\.bias$")  # nothing that we need
 
 
-def layout(config: Any, column: int, skip: tuple[str, ...] = ()) -> Layout:
-    """The table of one model. column: HUGGINGFACE or FAIR_ESM; skip: modules of OUTSIDE that this model lacks."""
-    padding = pad_to(config.vocab_size) - config.vocab_size
-    vocab = {"merge": pad_rows(0, padding), "split": cut_rows(0, padding)}
-    heads = {"merge": merge_heads(config.num_heads), "split": split_heads(config.num_heads)}
-    rows = [Row(EMBED[0], (EMBED[column],), **vocab)]
-    if "embed_positions" not in skip:
-        offset = PAD_ID + 1
-        rows.append(Row(POSITIONS[0], (POSITIONS[column],), merge=pad_rows(-offset, 0), split=cut_rows(-offset, 0)))
-    for i in range(config.num_layers):
-        ours, theirs = LAYER[0].format(i), LAYER[column].format(i)
-        for suffix in ("weight", "bias"):
-            parts = tuple(f"{theirs}.{part}.{suffix}" for part in QKV[column])
-            rows.append(Row(f"{ours}.{QKV[0]}.{suffix}", parts, **heads))
-            rows += [Row(f"{ours}.{r[0]}.{suffix}", (f"{theirs}.{r[column]}.{suffix}",)) for r in IN_A_LAYER]
-    for module in OUTSIDE:
-        if module[0] not in skip:
-            optional = module[0].startswith(("contact_head", "head."))
-            rows += [
-                Row(f"{module[0]}.{suffix}", (f"{module[column]}.{suffix}",), optional=optional)
-                for suffix in ("weight", "bias")
-            ]
-    rows.append(Row(BIAS[0], (BIAS[column],), optional=True, **vocab))
-    return Layout(tuple(rows), {DECODER[column]: EMBED[column]}, DROPPED)
+def rows(config: Any, column: int) -> list[Row]:
+    """The table of one model. column: HUGGINGFACE or FAIR_ESM."""
+    padding = pad_rows(0, pad_to(config.vocab_size) - config.vocab_size)
+    changes = {
+        "embed.weight": padding,
+        "head.bias": padding,
+        "embed_positions.weight": pad_rows(-UNUSED_POSITIONS, 0),
+        "layers.#.attention.qkv.*": heads(config.num_heads),
+    }
+    result = []
+    for row in TABLE:
+        layers = range(config.num_layers) if "#" in row[0] else [0]
+        for i, suffix in product(layers, ("weight", "bias") if "*" in row[0] else [""]):
+            ours, theirs = (row[c].replace("#", str(i)).replace("*", suffix) for c in (0, column))
+            result.append(Row(ours, tuple(theirs.split()), changes.get(row[0], SAME)))
+    return result
+
+
+def read_weights(config: Any, column: int, tensors: Mapping[str, Tensor], where: str) -> Iterator[tuple[str, Tensor]]:
+    """Yields (our name, tensor). Raises ValueError where the decoder is not tied, or as `read` does."""
+    tied, embed = tensors.get(TIED[column]), tensors.get(TABLE[0][column])
+    if tied is not None and embed is not None and not torch.equal(tied, embed):
+        raise ValueError(f"{where}: {TIED[column]} is not the embedding; a decoder that is not tied is not supported")
+    kept = {name: t for name, t in tensors.items() if name != TIED[column] and not DROPPED.search(name)}
+    yield from read(rows(config, column), kept, where)
 
 
 # ------------------------------------------------------------------------------------------------------- transformers
 
 
-def normal_names(theirs: Mapping[str, Any]) -> dict[str, str]:
-    """Names as EsmForMaskedLM has them → names as they are: EsmModel lacks `esm.`, some files say gamma and beta."""
-    prefix = "" if any(name.startswith("esm.") for name in theirs) else "esm."
-    names = {}
-    for name in theirs:
-        normal = name if name.startswith("lm_head.") else prefix + name
-        normal = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", normal)
-        names[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", normal)] = name
-    return names
+def normal_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names of EsmForMaskedLM: EsmModel lacks `esm.`, some files say gamma and beta."""
+    prefix = "" if any(name.startswith("esm.") for name in tensors) else "esm."
+    normal = {}
+    for name, tensor in tensors.items():
+        name = name if name.startswith("lm_head.") else prefix + name
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        normal[name] = tensor
+    return normal
+
+
+def position_type(theirs: Mapping[str, Any]) -> str | None:
+    """What tells ESM-1b from ESM-2 in a config.json; None where it is no ESM's."""
+    return theirs.get("position_embedding_type", "absolute") if theirs.get("model_type") == "esm" else None
 
 
 # config.json of transformers: our field ← their field, and the value where the file does not say (transformers' own)
@@ -107,23 +115,19 @@ REQUIRED: dict[str, tuple] = {
     "model_type": ("esm",),
     "vocab_size": (33,),
     "mask_token_id": (32,),
-    "pad_token_id": (1,),
+    "pad_token_id": (PAD_ID,),
     "cls_token_id": (0, None),
     "bos_token_id": (None, 0),
     "eos_token_id": (2, None),
     "hidden_act": ("gelu",),
-    "is_folding_model": (False, None),
-    "esmfold_config": (None,),
     "vocab_list": (None, get_tokenizer(TOKENIZER).pieces),
-    "is_decoder": (False, None),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False, None),
     "tie_word_embeddings": (True,),
-    "chunk_size_feed_forward": (0,),
-    "pruned_heads": ({}, None),
-    "rope_scaling": (None,),
-    "quantization_config": (None,),
 }
+OFF = {
+    "add_cross_attention", "chunk_size_feed_forward", "esmfold_config", "is_decoder", "is_encoder_decoder",
+    "is_folding_model", "pruned_heads", "quantization_config", "rope_scaling",
+}  # fmt: skip
+BY_FAMILY = {"position_embedding_type", "emb_layer_norm_before", "rope_theta", "max_position_embeddings"}
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 NEUTRAL = {
     "_name_or_path", "architectures", "dtype", "gradient_checkpointing", "id2label", "label2id", "num_labels",
@@ -132,45 +136,58 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-def fields_from_hf(theirs: Mapping[str, Any], handled: tuple[str, ...], where: str) -> dict[str, Any]:
-    """Our fields that both families share. handled: their fields that the family reads itself.
+def fields_from_hf(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Our fields that both families share.
 
     Every field is honoured, known to change nothing, or refused by name: ValueError lists all problems.
     """
-    known = {field for field, _ in FIELDS.values()} | set(REQUIRED) | set(DROPOUTS) | NEUTRAL | set(handled)
+    known = {field for field, _ in FIELDS.values()} | set(REQUIRED) | OFF | set(DROPOUTS) | NEUTRAL | BY_FAMILY
     problems = [
         f"{name}={theirs[name]!r} is supported only as {values[0]!r}"
         for name, values in REQUIRED.items()
         if name in theirs and theirs[name] not in values
     ]
     problems += [f"{name} is missing" for name in ("vocab_size", "mask_token_id", "pad_token_id") if name not in theirs]
+    problems += [f"{name}={theirs[name]!r} is not supported" for name in sorted(OFF) if theirs.get(name)]
     problems += [f"{name}={theirs[name]!r} is not a known field" for name in sorted(set(theirs) - known)]
     if problems:
         raise ValueError(f"{where}/config.json: {'; '.join(problems)}")
     active = [name for name in DROPOUTS if theirs.get(name)]
     if active:
         log.info("%s: %s not applied in training: moltron's ESM has no dropout", where, ", ".join(active))
-    return {ours: theirs.get(name, default) for ours, (name, default) in FIELDS.items()} | {"tokenizer": TOKENIZER}
+    fields = {ours: theirs.get(name, default) for ours, (name, default) in FIELDS.items()}
+    max_positions = theirs.get("max_position_embeddings", 1026) - UNUSED_POSITIONS
+    return fields | {"max_positions": max_positions, "tokenizer": TOKENIZER}
 
 
 def fields_to_hf(config: Any) -> dict[str, Any]:
+    constant = ("model_type", "pad_token_id", "eos_token_id", "hidden_act", "tie_word_embeddings")
     return {
         "architectures": ["EsmForMaskedLM"],
-        **{name: values[0] for name, values in REQUIRED.items() if name in ALWAYS_WRITTEN},
+        "is_folding_model": False,
+        **{name: REQUIRED[name][0] for name in constant},
         **{name: getattr(config, ours) for ours, (name, _) in FIELDS.items()},
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "max_position_embeddings": config.max_positions + PAD_ID + 1,
+        "max_position_embeddings": config.max_positions + UNUSED_POSITIONS,
     }
 
 
-ALWAYS_WRITTEN = ("model_type", "pad_token_id", "eos_token_id", "hidden_act", "is_folding_model", "tie_word_embeddings")
-
 # ----------------------------------------------------------------------------------------------------------- fair-esm
 
-FAIR_PREFIX = re.compile(r"^(encoder\.)?(sentence_encoder\.)?")
+
+def fair_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under fair-esm's module names: the files have fairseq's `encoder.sentence_encoder.` before them."""
+    return {re.sub(r"^(encoder\.)?(sentence_encoder\.)?", "", name): tensor for name, tensor in tensors.items()}
 
 
-def fair_names(theirs: Mapping[str, Any]) -> dict[str, str]:
-    """fair-esm's module names → the names in the file, which has fairseq's `encoder.sentence_encoder.` before them."""
-    return {FAIR_PREFIX.sub("", name): name for name in theirs}
+def fields_from_fair(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Our fields that both families share; some files say `encoder_` before a name."""
+    theirs = {name.removeprefix("encoder_"): value for name, value in vars(arguments).items()}
+    return {
+        "hidden_size": theirs["embed_dim"],
+        "num_layers": theirs["layers"],
+        "num_heads": theirs["attention_heads"],
+        "ffn_size": theirs.get("ffn_embed_dim", 4 * theirs["embed_dim"]),
+        "token_dropout": bool(theirs.get("token_dropout", False)),
+    }
