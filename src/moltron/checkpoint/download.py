@@ -40,18 +40,13 @@ def download(config: DownloadConfig) -> Path | None:
     if config.name in ("", "???"):
         print("\n".join(f"{name:12} {repository}" for name, repository in REPOSITORIES.items()))
         return None
-    folder = fetch(config.name, config.cache_dir, config.offline, config.endpoint, verify_again=True)
+    folder = fetch(config.name, config.cache_dir, config.offline, config.endpoint)
+    _verify(folder, read_json(_record(folder)))
     print(folder)
     return folder
 
 
-def fetch(
-    name: str,
-    cache_dir: str | Path | None = None,
-    offline: bool = False,
-    endpoint: str | None = None,
-    verify_again: bool = False,
-) -> Path:
+def fetch(name: str, cache_dir: str | Path | None = None, offline: bool = False, endpoint: str | None = None) -> Path:
     """The folder with the weights of `name` or `name@revision`, downloaded if need be.
 
     Raises ValueError if the name is unknown, the hub cannot be reached, the repository has no safetensors files, or a
@@ -61,10 +56,11 @@ def fetch(
     if short not in REPOSITORIES:
         raise ValueError(f"name={short} is unknown; there are: {', '.join(REPOSITORIES)}")
     repository, revision = REPOSITORIES[short], revision or "main"
-    folder = _cached(repository, revision, cache_dir)
-    if folder is not None:
-        if verify_again:
-            _verify(folder, read_json(_record(folder)))
+    store = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    store /= repo_folder_name(repo_id=repository, repo_type="model")
+    reference = store / "refs" / revision  # a file with the commit, unless `revision` is one
+    folder = store / "snapshots" / (reference.read_text() if reference.is_file() else revision)
+    if _record(folder).is_file() and all((folder / file).is_file() for file in read_json(_record(folder))):
         return folder
     if offline:
         raise ValueError(
@@ -84,15 +80,13 @@ def fetch(
     hashes = {s.rfilename: f"sha256:{s.lfs.sha256}" if s.lfs else f"git:{s.blob_id}" for s in siblings}
     size = sum(s.size or 0 for s in siblings)
     log.info("Downloading %s@%s: %d files, %.2f GB", repository, info.sha, len(hashes), size / 1e9)
-    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-    blobs = cache / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
     try:
         for sibling in siblings:
             if sibling.lfs is not None:
                 url = hf_hub_url(repository, sibling.rfilename, revision=info.sha, endpoint=endpoint)
-                _fetch_blob(url, blobs / sibling.lfs.sha256, sibling.lfs.size)
+                _fetch_blob(url, store / "blobs" / sibling.lfs.sha256, sibling.lfs.size)
         snapshot = snapshot_download(
-            repository, revision=revision, cache_dir=cache_dir, endpoint=endpoint, allow_patterns=list(hashes)
+            repository, revision=revision, cache_dir=store.parent, endpoint=endpoint, allow_patterns=list(hashes)
         )
     except Exception as error:  # httpx's, the hub client's or the disk's
         raise ValueError(f"{repository}: download interrupted ({error}); the same command resumes it") from error
@@ -100,9 +94,8 @@ def fetch(
     if folder.name != info.sha:
         raise ValueError(f"{repository}@{revision} changed on the hub during the download: run the command again")
     _verify(folder, hashes)
-    record = _record(folder)
-    record.parent.mkdir(exist_ok=True)
-    write_json(record, hashes)
+    _record(folder).parent.mkdir(exist_ok=True)
+    write_json(_record(folder), hashes)
     return folder
 
 
@@ -118,19 +111,6 @@ def _fetch_blob(url: str, blob: Path, size: int) -> None:
             http_get(url, file, resume_size=file.tell(), expected_size=size)
             partial.rename(blob)
     partial.unlink(missing_ok=True)
-
-
-def _cached(repository: str, revision: str, cache_dir: str | Path | None) -> Path | None:
-    """The snapshot folder, if all its files are there and were verified."""
-    try:
-        snapshot = snapshot_download(
-            repository, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=PATTERNS
-        )
-    except OSError:  # huggingface_hub's LocalEntryNotFoundError is one
-        return None
-    record = _record(Path(snapshot))
-    whole = record.is_file() and all((Path(snapshot) / file).is_file() for file in read_json(record))
-    return Path(snapshot) if whole else None
 
 
 def _record(folder: Path) -> Path:

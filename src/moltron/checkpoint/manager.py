@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +31,6 @@ from moltron.common.manifest import fsync, read_json, sha256_file, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "moltron-checkpoint-1"
-NAME = re.compile(r"step-\d{8,}")
 log = logging.getLogger(__name__)
 
 
@@ -73,8 +71,11 @@ def _checksum(content: dict) -> str:
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """All finished checkpoints of a folder, oldest first; unverified."""
-    found = [p for p in Path(folder).glob("step-*") if NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    return sorted((p for p in Path(folder).glob("step-*") if p.name[5:].isdecimal()), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def problem_of(path: Path, rank: int = 0, world: int = 1) -> str | None:
@@ -202,8 +203,6 @@ class CheckpointManager:
         self.wait()
         return load_tensors(path, tensors, self.group).meta
 
-    # ------------------------------------------------------------------------------------------------ on all ranks
-
     def _gather(self, value: Any) -> list:
         """The values of all ranks."""
         if self.group is None:
@@ -226,8 +225,6 @@ class CheckpointManager:
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
         return staged
-
-    # ----------------------------------------------------------------------------------- in the background thread
 
     def _write(self, step: int, staged: dict[str, Chunk], content: dict) -> None:
         partial = self.folder / f".step-{step:08d}.partial"
@@ -280,7 +277,7 @@ class CheckpointManager:
 
     def _prune(self, step: int) -> None:
         """Delete what neither keep_last nor keep_best holds. Those after `step`, an abandoned future, stay."""
-        paths = [p for p in list_checkpoints(self.folder) if int(p.name[5:]) <= step and p not in self._refused]
+        paths = [p for p in list_checkpoints(self.folder) if _step_of(p) <= step and p not in self._refused]
         ranked = [p for p in sorted(reversed(paths), key=_metric_of) if _metric_of(p) < math.inf]
         for path in set(paths) - {*paths[-self.keep_last :], *ranked[: self.keep_best]}:
             doomed = self.folder / f".{path.name}.partial"  # so that a half-deleted one never looks finished

@@ -5,8 +5,7 @@
 
 Kinds: checkpoint (a training checkpoint of ours), moltron (our exchange folder: our names, family and configuration in
 config.json), huggingface, fair-esm (.pt). What the names of other layouts mean is the families' affair (convert.py).
-Files are mapped, and a tensor is read when it is copied into a model born without memory. Nothing is ever unpickled as
-code.
+Files are mapped; a tensor is read as it is copied into a model born without memory. Nothing is unpickled as code.
 """
 
 from __future__ import annotations
@@ -70,9 +69,6 @@ class MissingHead(nn.Module):
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ resolve
-
-
 def resolve(what: str | Path) -> tuple[str, Path]:
     """What a user's word stands for: (kind, path). A run folder becomes its best checkpoint, else its newest good one.
 
@@ -102,9 +98,6 @@ def resolve(what: str | Path) -> tuple[str, Path]:
     raise ValueError(
         f"{path}: neither a run folder (checkpoints/), nor a checkpoint ({MANIFEST}), nor a model folder (config.json)"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------- load
 
 
 def load_pretrained(
@@ -227,9 +220,6 @@ def _check_vocabulary(folder: Path, config: Any) -> None:
             raise ValueError(f"{file}: differs from the vocabulary of {config.tokenizer} from line {first + 1} on")
 
 
-# ---------------------------------------------------------------------------------------------------------------- save
-
-
 def save_pretrained(
     model: nn.Module,
     spec: ModelSpec,
@@ -246,9 +236,8 @@ def save_pretrained(
     folder = Path(folder).expanduser()
     if format not in ("moltron", "huggingface"):
         raise ValueError(f"format={format!r} must be huggingface or moltron")
-    head = getattr(model, "head", None)
-    if isinstance(head, MissingHead):
-        raise ValueError(f"{head.source} has no language-model head: it cannot be written as a masked LM")
+    if isinstance(model.head, MissingHead):
+        raise ValueError(f"{model.head.source} has no language-model head: it cannot be written as a masked LM")
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     theirs = {"model_type": MODEL_TYPE, "family": spec.name, "config": dataclasses.asdict(config)}
     if format == "huggingface":
@@ -274,9 +263,6 @@ def _write_tokenizer(folder: Path, config: Any) -> None:
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "EsmTokenizer", **special, **limit})
 
 
-# ------------------------------------------------------------------------------------------------------------- convert
-
-
 def convert(config: ConvertConfig) -> Path:
     """`moltron convert`: any WHAT → a folder in `format`; returns it."""
     if config.dtype not in DTYPES:
@@ -285,9 +271,7 @@ def convert(config: ConvertConfig) -> Path:
     if source.exists() and output.exists() and output.samefile(source):
         raise ValueError(f"output={config.output} is the input itself")
     dtype = DTYPES[config.dtype]
-    loaded = load_pretrained(config.input)
-    folder = save_pretrained(
-        loaded.model, loaded.spec, loaded.config, config.output, config.format, dtype, config.overwrite
-    )
-    log.info("%s (%s) written to %s as %s, %s", loaded.source, loaded.spec.name, folder, config.format, config.dtype)
+    it = load_pretrained(config.input)
+    folder = save_pretrained(it.model, it.spec, it.config, config.output, config.format, dtype, config.overwrite)
+    log.info("%s (%s) written to %s as %s, %s", it.source, it.spec.name, folder, config.format, config.dtype)
     return folder

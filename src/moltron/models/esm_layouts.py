@@ -79,9 +79,6 @@ def read_weights(config: Any, column: int, tensors: Mapping[str, Tensor], where:
     yield from read(rows(config, column), kept, where)
 
 
-# ------------------------------------------------------------------------------------------------------- transformers
-
-
 def normal_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Under the names of EsmForMaskedLM: EsmModel lacks `esm.`, some files say gamma and beta."""
     prefix = "" if any(name.startswith("esm.") for name in tensors) else "esm."
@@ -171,9 +168,6 @@ def fields_to_hf(config: Any) -> dict[str, Any]:
         "attention_probs_dropout_prob": 0.0,
         "max_position_embeddings": config.max_positions + UNUSED_POSITIONS,
     }
-
-
-# ----------------------------------------------------------------------------------------------------------- fair-esm
 
 
 def fair_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -83,11 +83,10 @@ def read(rows: Sequence[Row], theirs: Mapping[str, Tensor], where: str) -> Itera
 
 def write(rows: Sequence[Row], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters under their names; every one of them must be in the table."""
-    unmapped = set(ours) - {row.ours for row in rows}
-    if unmapped:
-        raise ValueError(f"this layout has no place for: {_some(sorted(unmapped))}")
-    present = [row for row in rows if row.ours in ours]
-    return {n: t for row in present for n, t in zip(row.theirs, row.change.split(ours[row.ours]), strict=True)}
+    table, theirs = {row.ours: row for row in rows}, {}
+    for name, tensor in ours.items():
+        theirs.update(zip(table[name].theirs, table[name].change.split(tensor), strict=True))
+    return theirs
 
 
 def _some(names: Sequence[str], count: int = 6) -> str:

@@ -26,11 +26,7 @@ def read_hf(theirs: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
 
 
 def write_hf(config: Esm2Config, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    theirs = {
-        "position_embedding_type": "rotary",
-        "rope_theta": config.rotary_base,
-        "emb_layer_norm_before": False,
-    }
+    theirs = {"position_embedding_type": "rotary", "rope_theta": config.rotary_base, "emb_layer_norm_before": False}
     written = write(layouts.rows(config, layouts.HUGGINGFACE), tensors)
     for i in range(config.num_layers):
         written[INV_FREQ.format(i)] = frequencies(config, config.rotary_dtype)
