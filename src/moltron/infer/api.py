@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,9 +18,8 @@ import torch
 
 from moltron.checkpoint.weights import Pretrained, load_pretrained
 from moltron.common.logging import get_logger
-from moltron.infer.engine import Encoder, Wanted
-from moltron.infer.pooling import POOLINGS, merge
-from moltron.infer.windows import POLICIES, cut
+from moltron.infer.engine import POOLINGS, Encoded, Encoder, Wanted
+from moltron.infer.windows import POLICIES, cut, merge, stitch
 from moltron.models.batch import PackedBatch
 from moltron.models.contacts import predict_contacts
 from moltron.models.spec import num_parameters
@@ -40,15 +37,6 @@ def load_model(what: str, device: str = "auto", precision: str = "auto") -> Mode
     return Model(load_pretrained(what), device, precision)
 
 
-@dataclass
-class Results:
-    """Of N sequences, in order: `embeddings` (N, D) fp32 a layer, `hiddens` (L, D) a layer, `logits` (L, V)."""
-
-    embeddings: dict[int, np.ndarray]
-    hiddens: dict[int, list[np.ndarray]]
-    logits: list[np.ndarray]
-
-
 class Model:
     """Sequences in, numpy out. All methods keep the order; residues only, without `<cls>` and `<eos>`."""
 
@@ -61,17 +49,13 @@ class Model:
     ):
         self.spec, self.config, self.source = pretrained.spec, pretrained.config, pretrained.source
         self.tokenizer = get_tokenizer(self.config.tokenizer)
+        pad_id, plan = self.tokenizer.pad_id, self.spec.plan
         self.encoder = Encoder(
-            pretrained.model,
-            pad_id=self.tokenizer.pad_id,
-            device=device,
-            precision=precision,
-            tokens=tokens,
-            plan=self.spec.plan,
+            pretrained.model, pad_id=pad_id, device=device, precision=precision, tokens=tokens, plan=plan
         )
 
     @property
-    def module(self) -> torch.nn.Module:
+    def module(self) -> Any:
         return self.encoder.model
 
     def __repr__(self) -> str:
@@ -94,34 +78,30 @@ class Model:
 
         long: error (ValueError) | truncate | window, for sequences of more residues than the model's limit.
         """
-        layers = self.layer_numbers([layer])
         if pooling not in POOLINGS:
             raise ValueError(f"pooling={pooling!r} is unknown; there are: {', '.join(POOLINGS)}")
-        return self.run(self._cleaned(sequences), Wanted(layers, pooling), long=long, overlap=overlap).embeddings[
-            layers[0]
-        ]
+        layers = self.layer_numbers([layer])
+        return self.run(_cleaned(sequences), Wanted(layers, pooling), long=long, overlap=overlap).pooled[layers[0]]
 
     def hiddens(
         self, sequences: Sequence[str], *, layer: int = -1, long: str = "error", overlap: int = 128
     ) -> list[np.ndarray]:
         """One (L, D) fp32 a sequence; arguments as in `embed`."""
         layers = self.layer_numbers([layer])
-        return self.run(
-            self._cleaned(sequences), Wanted(layers, None, hiddens=True), long=long, overlap=overlap
-        ).hiddens[layers[0]]
+        wanted = Wanted(layers, None, hiddens=True)
+        return self.run(_cleaned(sequences), wanted, long=long, overlap=overlap).hiddens[layers[0]]
 
     def logits(self, sequences: Sequence[str], *, long: str = "error", overlap: int = 128) -> list[np.ndarray]:
         """One (L, V) fp32 a sequence; columns are `tokenizer.pieces`."""
-        return self.run(self._cleaned(sequences), Wanted((), None, logits=True), long=long, overlap=overlap).logits
+        return self.run(_cleaned(sequences), Wanted((), None, logits=True), long=long, overlap=overlap).logits
 
     @torch.inference_mode()
     def contacts(self, sequence: str) -> np.ndarray:
         """(L, L) fp32, probability of contact of each pair of residues. Raises ValueError without a contact head."""
-        ids = self._ids(self._cleaned([sequence])[0], self.max_residues(), "error", 0)
-        tokens = max(64, -(-len(ids) // 64) * 64)
-        batch = PackedBatch.pack(
-            ids, np.array([len(ids)]), tokens=tokens, pad_id=self.tokenizer.pad_id, max_length=len(ids)
-        )
+        (cleaned,) = _cleaned([sequence])
+        (ids,), _, _ = self._pieces([cleaned], "error", self.max_residues(), 0)
+        n = len(ids)
+        batch = PackedBatch.pack(ids, np.array([n]), tokens=n, pad_id=self.tokenizer.pad_id, max_length=n)
         return predict_contacts(self.module, batch.to(self.encoder.device)).cpu().numpy()
 
     # ------------------------------------------------------------------------------------------- shared with bulk
@@ -155,54 +135,53 @@ class Model:
         long: str = "error",
         max_length: int | None = None,
         overlap: int = 128,
-    ) -> Results:
-        """Tokenize cleaned sequences, cut what is too long, encode, join. Raises ValueError for what cannot be read."""
+    ) -> Encoded:
+        """Tokenize cleaned sequences, cut what is too long, encode, join: results a sequence.
+
+        Raises ValueError for a sequence that is empty or, where long="error", too long.
+        """
         if long not in POLICIES:
             raise ValueError(f"long={long!r} is unknown; there are: {', '.join(POLICIES)}")
-        limit = self.max_residues(max_length)
-        pieces, keep, owners = [], [], []
-        for index, sequence in enumerate(sequences):
-            ids = self._ids(sequence, limit, long, index)
-            if len(ids) <= limit + 2:
-                pieces.append(ids)
-                keep.append((1, len(ids) - 1))
-                owners.append(index)
-                continue
-            for begin, end, keep_from, keep_to in cut(len(ids) - 2, limit, overlap):
-                pieces.append(np.concatenate([ids[:1], ids[1 + begin : 1 + end], ids[-1:]]))
-                keep.append((1 + keep_from - begin, 1 + keep_to - begin))
-                owners.append(index)
-        keep, owners = np.array(keep, dtype=np.int64).reshape(-1, 2), np.array(owners, dtype=np.int64)
+        pieces, keep, owners = self._pieces(sequences, long, self.max_residues(max_length), overlap)
         encoded = self.encoder.encode(pieces, wanted, keep)
         kept = keep[:, 1] - keep[:, 0]
-        pooled = {layer: merge(x, kept, owners, str(wanted.pooling)) for layer, x in encoded.pooled.items()}
-        hiddens = {layer: _stitch(x, owners) for layer, x in encoded.hiddens.items()}
-        return Results(pooled, hiddens, _stitch(encoded.logits, owners))
+        return Encoded(
+            {layer: merge(x, kept, owners, str(wanted.pooling)) for layer, x in encoded.pooled.items()},
+            {layer: stitch(x, owners) for layer, x in encoded.hiddens.items()},
+            stitch(encoded.logits, owners) if wanted.logits else [],
+        )
 
-    def _cleaned(self, sequences: Sequence[str]) -> list[bytes]:
-        if isinstance(sequences, str):
-            raise ValueError("a list of sequences is wanted, not one string: [sequence]")
-        results = [clean(sequence.encode()) for sequence in sequences]
-        if letters := sum((counts for _, counts in results), Counter()):
-            log.warning("odd letters, by the rule of moltron.tokenizers.residues.clean: %s", dict(letters))
-        return [sequence for sequence, _ in results]
+    def _pieces(
+        self, sequences: Sequence[bytes], long: str, limit: int, overlap: int
+    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Ids of P pieces with their specials, (P, 2) the rows to keep of each, (P,) the sequence each belongs to."""
+        pieces, keep, owners = [], [], []
+        for index, sequence in enumerate(sequences):
+            ids = self.tokenizer.encode(sequence)
+            length = len(ids) - self.tokenizer.num_specials
+            spans: Any = [(0, min(length, limit), 0, min(length, limit))]
+            if length == 0:
+                raise ValueError(f"sequence {index} is empty")
+            if length > limit and long == "error":
+                raise ValueError(
+                    f"sequence {index} has {length} residues, the limit is {limit}: long='truncate' keeps these, "
+                    "long='window' reads all in overlapping windows"
+                )
+            if length > limit and long == "window":
+                spans = cut(length, limit, overlap).tolist()
+            for begin, end, keep_from, keep_to in spans:
+                piece = ids[begin : end + 2].copy()
+                piece[0], piece[-1] = ids[0], ids[-1]
+                pieces.append(piece)
+                keep.append((1 + keep_from - begin, 1 + keep_to - begin))
+                owners.append(index)
+        return pieces, np.array(keep, dtype=np.int64).reshape(-1, 2), np.array(owners, dtype=np.int64)
 
-    def _ids(self, sequence: bytes, limit: int, long: str, index: int) -> np.ndarray:
-        ids = self.tokenizer.encode(sequence)
-        residues = len(ids) - self.tokenizer.num_specials
-        if residues == 0:
-            raise ValueError(f"sequence {index} is empty")
-        if residues > limit and long == "error":
-            raise ValueError(
-                f"sequence {index} has {residues} residues, the limit is {limit}: long='truncate' keeps these, "
-                "long='window' reads all in overlapping windows"
-            )
-        return np.concatenate([ids[: limit + 1], ids[-1:]]) if residues > limit and long == "truncate" else ids
 
-
-def _stitch(pieces: list[np.ndarray], owners: np.ndarray) -> list[np.ndarray]:
-    """The kept rows of each sequence's windows, one after another."""
-    if not pieces or len(pieces) == owners[-1] + 1:
-        return pieces
-    bounds: list[Any] = np.flatnonzero(np.diff(owners, prepend=-1, append=-1)).tolist()
-    return [pieces[a] if b - a == 1 else np.concatenate(pieces[a:b]) for a, b in pairwise(bounds)]
+def _cleaned(sequences: Sequence[str]) -> list[bytes]:
+    if isinstance(sequences, str):
+        raise ValueError("a list of sequences is wanted, not one string: [sequence]")
+    results = [clean(sequence.encode()) for sequence in sequences]
+    if letters := sum((counts for _, counts in results), Counter()):
+        log.warning("odd letters, by the rule of moltron.tokenizers.residues.clean: %s", dict(letters))
+    return [sequence for sequence, _ in results]

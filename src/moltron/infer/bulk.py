@@ -1,7 +1,7 @@
 """`moltron embed`: any number of records through a model, resumable, in flat memory.
 
-    read_records ──clean──> shard of records ──Model.run──> Block ──write_shard (a thread)──> write_output
-         │  too long, broken     (rank r takes every W-th)                                        rank 0
+    read_records ──clean──> shard of records ──Model.run──> results ──write_shard (a thread)──> write_output
+         │  too long, broken     (rank r takes every W-th)                                          rank 0
          └──> <output>.rejects.tsv
 
 The input is cut into shards by a rule that depends on nothing but the records and the settings; a shard that is there
@@ -11,7 +11,6 @@ and a changed input or setting makes exactly the shards it touches new.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import shutil
@@ -19,9 +18,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,30 +33,32 @@ from moltron.common.manifest import read_json, write_json
 from moltron.config.schema import EmbedConfig
 from moltron.data.readers import Reject, read_records
 from moltron.infer.api import Model
-from moltron.infer.engine import Wanted, ahead
-from moltron.infer.pooling import POOLINGS
+from moltron.infer.engine import POOLINGS, Wanted, ahead
 from moltron.infer.windows import POLICIES
-from moltron.infer.writers import FORMATS, Block, Column, Rows, is_done, write_output, write_shard
+from moltron.infer.writers import FORMATS, Column, Rows, is_done, write_output, write_shard
 from moltron.parallel import collectives
 from moltron.tokenizers.residues import clean
 
 log = get_logger(__name__)
 SHARD_BYTES = 1 << 30  # of results: what one shard holds in memory
-OUTPUTS = ("embeddings", "hiddens", "logits")
+CHOICES = {
+    "outputs": ("embeddings", "hiddens", "logits"),
+    "pooling": POOLINGS,
+    "long": POLICIES,
+    "dtype": ("float32", "float16"),
+}
 
 
-@dataclass(frozen=True)
+@dataclass
 class EmbedReport:
-    """sequences: in the output; rejected: in the rejects file; long: cut or windowed; reused: shards found done."""
+    """Counts of records: in the output, in the rejects file, `long` ones (cut or windowed); and of shards: of all
+    ranks, and those of this rank that were found done."""
 
-    output: str
-    sequences: int
-    residues: int
-    rejected: int
-    long: int
-    shards: int
-    reused: int
-    seconds: float
+    sequences: int = 0
+    rejected: int = 0
+    long: int = 0
+    shards: int = 0
+    reused: int = 0
 
 
 def embed(config: EmbedConfig) -> EmbedReport:
@@ -67,69 +67,56 @@ def embed(config: EmbedConfig) -> EmbedReport:
     Raises ValueError for a setting that cannot work or an output that exists; a record that cannot be embedded
     goes to `<output>.rejects.tsv` and is counted in the report.
     """
-    started = time.monotonic()
     _check(config)
     device = collectives.init(config.device, timeout_minutes=7 * 24 * 60)
     output = Path(config.output)
     folder = output.with_name(output.name + ".shards")
-    marker = folder / "assembling.json"
-    if output.exists() and not config.overwrite:
-        collectives.barrier()  # all have looked
-        finished = read_json(marker) if marker.exists() else {}
-        collectives.barrier()
-        if finished.get("config") != dataclasses.asdict(config):
-            raise ValueError(f"output={output} exists: choose another one or set overwrite=true")
-        if collectives.rank() == 0:
-            shutil.rmtree(folder)  # killed between the output taking its name and this
-        return EmbedReport(**finished["report"])
+    marker = folder / "assembling.json"  # a command that was killed when its output perhaps had its name already
+    if output.exists() and not config.overwrite and not (marker.exists() and read_json(marker) == asdict(config)):
+        raise ValueError(f"output={output} exists: choose another one or set overwrite=true")
     job = _Job(config, device, folder)
-    collectives.barrier()
-    if collectives.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        marker.unlink(missing_ok=True)
-    collectives.barrier()
+    collectives.barrier()  # all have looked
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        paths = job.run()
+        job.run()
         collectives.barrier()
-        report = job.report(len(paths), time.monotonic() - started)
         if collectives.rank() == 0:
-            _assemble(config, job, paths, report, marker)
+            _assemble(config, job, marker)
     finally:
         if collectives.rank() == 0:
+            job.rejects.unlink(missing_ok=True)
             with suppress(OSError):
                 folder.rmdir()  # if nothing is in it
     collectives.barrier()
-    return report
+    return job.report
 
 
-def _assemble(config: EmbedConfig, job: _Job, paths: list[Path], report: EmbedReport, marker: Path) -> None:
-    output = Path(config.output)
+def _assemble(config: EmbedConfig, job: _Job, marker: Path) -> None:
+    output, report = Path(config.output), job.report
     if report.sequences + report.rejected == 0:
         raise ValueError(f"input={config.input} holds no records")
+    rejects = Path(config.output + ".rejects.tsv")
+    rejects.unlink(missing_ok=True)
+    if report.rejected:
+        os.replace(job.rejects, rejects)
+        log.warning("%d records were rejected, see %s", report.rejected, rejects)
     if not config.overwrite:
-        write_json(marker, {"config": dataclasses.asdict(config), "report": dataclasses.asdict(report)})
+        write_json(marker, asdict(config))
     if output.suffix == ".pkl":
         log.warning("a .pkl is one list of dicts: the whole result passes through memory; .h5 and .parquet do not")
-    write_output(Rows(paths, job.columns, job.settings), job.folder / f"output{output.suffix}", output)
+    write_output(Rows(job.shards, job.columns, job.settings), job.folder / f"output{output.suffix}", output)
     shutil.rmtree(job.folder)
     log.info("%d sequences in %s", report.sequences, output)
-    if report.rejected:
-        log.warning("%d records were rejected, see %s.rejects.tsv", report.rejected, output)
 
 
 def _check(config: EmbedConfig) -> None:
     problems = []
     if Path(config.output).suffix not in FORMATS:
         problems.append(f"output={config.output}: the name must end in one of {', '.join(FORMATS)}")
-    unknown = [name for name in config.outputs if name not in OUTPUTS]
-    if unknown or not config.outputs:
-        problems.append(f"outputs={config.outputs}: there are {', '.join(OUTPUTS)}")
-    if config.pooling not in POOLINGS:
-        problems.append(f"pooling={config.pooling}: there are {', '.join(POOLINGS)}")
-    if config.long not in POLICIES:
-        problems.append(f"long={config.long}: there are {', '.join(POLICIES)}")
-    if config.dtype not in ("float32", "float16"):
-        problems.append(f"dtype={config.dtype}: there are float32, float16")
+    for key, known in CHOICES.items():
+        value = getattr(config, key)
+        if not value or set([value] if isinstance(value, str) else value) - set(known):
+            problems.append(f"{key}={value}: there are {', '.join(known)}")
     if config.shard_size < 1 or (config.tokens is not None and config.tokens < 1):
         problems.append(f"shard_size={config.shard_size} and tokens={config.tokens} must be at least 1")
     if not config.layers:
@@ -140,206 +127,135 @@ def _check(config: EmbedConfig) -> None:
         raise ValueError("; ".join(problems))
 
 
-@dataclass
-class _Shard:
-    """Consecutive records that passed. full: cut because it was full, not because the input ended."""
-
-    index: int
-    ids: list[str]
-    sequences: list[bytes]
-    full: bool
-
-    @cached_property
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for record_id, sequence in zip(self.ids, self.sequences, strict=True):
-            text = record_id.encode()
-            digest.update(len(text).to_bytes(8, "little") + text + len(sequence).to_bytes(8, "little") + sequence)
-        return digest.hexdigest()
-
-
 class _Job:
-    """What is asked for, resolved against the model: columns, settings, limits; and the running counts."""
+    """What is asked for, resolved against the model: columns, settings, limit; and what came of it so far."""
 
     def __init__(self, config: EmbedConfig, device: torch.device, folder: Path):
-        self.config, self.folder = config, folder
-        self.model = Model(load_pretrained(config.model), device, config.precision, config.tokens)
-        layers = tuple(dict.fromkeys(self.model.layer_numbers(config.layers)))
-        self.limit = self.model.max_residues(config.max_length)
+        self.config, self.folder, self.rejects = config, folder, folder / "rejects.tsv"
+        self.model = model = Model(load_pretrained(config.model), device, config.precision, config.tokens)
+        self.layers = tuple(dict.fromkeys(model.layer_numbers(config.layers)))
+        self.limit = model.max_residues(config.max_length)
         if config.long == "window" and not 0 <= config.overlap < self.limit:
             raise ValueError(f"overlap={config.overlap} must be less than the {self.limit} residues of a window")
+        embeddings, hiddens, logits = (name in config.outputs for name in CHOICES["outputs"])
         self.wanted = Wanted(
-            layers=layers if {"embeddings", "hiddens"} & set(config.outputs) else (),
-            pooling=config.pooling if "embeddings" in config.outputs else None,
-            hiddens="hiddens" in config.outputs,
-            logits="logits" in config.outputs,
+            layers=self.layers if embeddings or hiddens else (),
+            pooling=config.pooling if embeddings else None,
+            hiddens=hiddens,
+            logits=logits,
             dtype=getattr(torch, config.dtype),
         )
-        self.columns = self._columns(layers)
-        self.settings = self._settings(layers)
-        self.counts: Counter[str] = Counter()
-        self.letters: Counter[str] = Counter()
-
-    def _columns(self, layers: tuple[int, ...]) -> list[Column]:
-        width, columns = self.model.config.hidden_size, []
-        for name in ("embeddings", "hiddens"):
-            if name in self.config.outputs:
-                names = [name] if len(layers) == 1 else [f"{name}_{layer}" for layer in layers]
-                columns += [Column(n, width, name == "hiddens", self.config.dtype) for n in names]
-        if "logits" in self.config.outputs:
-            columns.append(Column("logits", self.model.tokenizer.vocab_size, True, self.config.dtype))
-        return columns
-
-    def _settings(self, layers: tuple[int, ...]) -> dict[str, Any]:
-        config, model = self.config, self.model
-        return {
+        self.columns = [
+            Column(self._name(kind, layer), model.config.hidden_size, kind == "hiddens", config.dtype)
+            for kind in ("embeddings", "hiddens")
+            for layer in self.layers
+            if kind in config.outputs
+        ]
+        if logits:
+            self.columns.append(Column("logits", model.tokenizer.vocab_size, True, config.dtype))
+        self.settings: dict[str, Any] = {
             "moltron": __version__,
             "model": {"family": model.spec.name, "source": str(model.source), "weights": weights_hash(model.module)},
             "tokenizer": model.tokenizer.name,
             "precision": model.encoder.precision,
             "outputs": [column.name for column in self.columns],
             "pooling": config.pooling,
-            "layers": list(layers),
+            "layers": list(self.layers),
             "long": config.long,
             "max_residues": self.limit,
             "overlap": config.overlap if config.long == "window" else None,
             "dtype": config.dtype,
         }
+        self.report = EmbedReport()
+        self.shards: list[Path] = []  # of all ranks, in order
+        self.letters: Counter[str] = Counter()
 
-    # ------------------------------------------------------------------------------------------------------ the run
+    def _name(self, kind: str, layer: int) -> str:
+        return kind if len(self.layers) == 1 else f"{kind}_{layer}"
 
-    def run(self) -> list[Path]:
-        """Compute this rank's shards; returns the paths of all ranks' shards, in order."""
+    def run(self) -> None:
+        """Compute this rank's shards, and list the rejects."""
         rank, world = collectives.rank(), collectives.world_size()
-        paths = []
-        with ExitStack() as stack:
-            rejects = stack.enter_context(_Rejects(self.config.output, write=rank == 0))
-            writer = stack.enter_context(ThreadPoolExecutor(1))
-            progress = stack.enter_context(Progress("embed", None, enabled=rank == 0))
-            writing: Future[None] | None = None
-            started = time.monotonic()
-            for shard in ahead(self._shards(rejects), depth=1):
-                path = self.folder / f"{shard.index:06d}.parquet"
-                paths.append(path)
-                settings = {**self.settings, "records": shard.fingerprint} if shard.index % world == rank else None
-                if settings is not None and is_done(path, settings):
-                    self.counts["reused"] += 1
-                elif settings is not None:
-                    self.counts["replaced"] += path.exists()
-                    block = self._compute(shard)
-                    if writing is not None:
-                        writing.result()
-                    writing = writer.submit(write_shard, path, block, self.columns, settings)
-                    self.counts["computed"] += sum(map(len, shard.sequences))
-                rate = self.counts["computed"] * world / max(1e-9, time.monotonic() - started)
-                self.counts["sequences"] += len(shard.ids)
-                self.counts["residues"] += sum(map(len, shard.sequences))
-                progress.update(self.counts["sequences"], f"sequences, {rate:,.0f} residues/s")
-            if writing is not None:
-                writing.result()
-            self.counts["rejected"] = rejects.count
-        if self.counts["reused"]:
-            log.info("%d shards of an earlier run were found done in %s", self.counts["reused"], self.folder)
-        if self.counts["replaced"]:
-            log.warning(
-                "%d shards of other settings or records in %s were replaced", self.counts["replaced"], self.folder
-            )
+        writing: list[Future[None]] = []
+        computed, started = 0, time.monotonic()
+        with (
+            open(self.rejects if rank == 0 else os.devnull, "w", encoding="utf-8") as rejects,
+            ThreadPoolExecutor(1) as writer,
+            Progress("embed", None, enabled=rank == 0) as progress,
+        ):
+            for index, (ids, sequences, is_full) in enumerate(ahead(self._read(rejects), depth=1)):
+                path = self.folder / f"{index:06d}.parquet"
+                self.shards.append(path)
+                self.report.shards += 1
+                self.report.sequences += len(ids)
+                if index % world == rank:
+                    fingerprint = hashlib.sha256(repr((ids, sequences)).encode()).hexdigest()
+                    settings = {**self.settings, "records": fingerprint}
+                    if is_done(path, settings):
+                        self.report.reused += 1
+                    else:
+                        if is_full:
+                            self.model.encoder.compile()  # once; there is enough to do
+                        records = self._compute(ids, sequences)
+                        while writing:
+                            writing.pop().result()
+                        writing.append(writer.submit(write_shard, path, records, self.columns, settings))
+                        computed += sum(map(len, sequences)) * world
+                rate = computed / (time.monotonic() - started)
+                progress.update(self.report.sequences, f"sequences, {rate:,.0f} residues/s")
+            while writing:
+                writing.pop().result()
+        if self.report.reused:
+            log.info("%d shards of an earlier run were found done in %s", self.report.reused, self.folder)
         if self.letters and rank == 0:
             log.warning("odd letters, by the rule of moltron.tokenizers.clean: %s", dict(self.letters))
-        return paths
 
-    def _compute(self, shard: _Shard) -> Block:
-        if shard.full:
-            self.model.encoder.compile()  # once; there is enough to do
+    def _compute(self, ids: list[str], sequences: list[bytes]) -> dict[str, Any]:
+        """What `write_shard` writes; equal sequences are computed once."""
         first: dict[bytes, int] = {}
-        which = np.array([first.setdefault(sequence, len(first)) for sequence in shard.sequences])
-        results = self.model.run(
-            list(first), self.wanted, long=self.config.long, max_length=self.limit_tokens, overlap=self.config.overlap
-        )
-        values: dict[str, Any] = {}
-        for column in self.columns:
-            kind, _, layer = column.name.partition("_")
-            number = int(layer) if layer else (self.wanted.layers or (0,))[0]
-            if kind == "embeddings":
-                values[column.name] = results.embeddings[number][which]
-            else:
-                rows = results.logits if kind == "logits" else results.hiddens[number]
-                values[column.name] = [rows[i] for i in which]
-        return Block(shard.ids, [sequence.decode("ascii") for sequence in shard.sequences], values)
+        which = np.array([first.setdefault(sequence, len(first)) for sequence in sequences])
+        c = self.config
+        results = self.model.run(list(first), self.wanted, long=c.long, max_length=c.max_length, overlap=c.overlap)
+        records: dict[str, Any] = {"id": ids, "sequence": [sequence.decode("ascii") for sequence in sequences]}
+        for layer, vectors in results.pooled.items():
+            records[self._name("embeddings", layer)] = vectors[which]
+        for layer, rows in results.hiddens.items():
+            records[self._name("hiddens", layer)] = [rows[i] for i in which]
+        if self.wanted.logits:
+            records["logits"] = [results.logits[i] for i in which]
+        return records
 
-    @property
-    def limit_tokens(self) -> int:
-        return self.limit + self.model.tokenizer.num_specials
-
-    def _shards(self, rejects: _Rejects) -> Iterator[_Shard]:
-        row_bytes = [0, 0]  # a record, a residue
-        for column in self.columns:
-            row_bytes[column.ragged] += column.width * np.dtype(column.dtype).itemsize
-        index, ids, sequences, size = 0, [], [], 0
-        for record in read_records(self.config.input, self.config.id_column, self.config.sequence_column):
+    def _read(self, rejects: TextIO) -> Iterator[tuple[list[str], list[bytes], bool]]:
+        """Shards (ids, sequences, is it full), cut by number and size of results; the rest goes to `rejects`."""
+        config, itemsize = self.config, np.dtype(self.config.dtype).itemsize
+        a_record = itemsize * sum(c.width for c in self.columns if not c.ragged)
+        a_residue = itemsize * sum(c.width for c in self.columns if c.ragged) + 9  # a letter and its id
+        print("id", "source", "line", "reason", sep="\t", file=rejects)
+        ids, sequences, size = [], [], 0
+        for record in read_records(config.input, config.id_column, config.sequence_column):
             if isinstance(record, Reject):
-                rejects.add(record)
+                sequence, letters, reason = b"", {}, record.reason
+            else:
+                sequence, letters = clean(record.sequence)
+                reason = None if sequence else "no residues"
+            if len(sequence) > self.limit and config.long == "error":
+                remedy = "long=truncate or long=window embeds it"
+                reason = f"{len(sequence)} residues, the model reads {self.limit}: {remedy}"
+            if reason is not None:
+                self.report.rejected += 1
+                fields = (record.id, record.source, str(record.line), reason)
+                print(*(" ".join(field.split()) for field in fields), sep="\t", file=rejects)
                 continue
-            sequence, letters = clean(record.sequence)
-            reason = self._reason(sequence)
-            if reason:
-                rejects.add(Reject(record.id, reason, record.source, record.line))
-                continue
-            self.letters += letters
-            self.counts["long"] += len(sequence) > self.limit
+            self.letters.update(letters)
+            self.report.long += len(sequence) > self.limit
             ids.append(record.id)
             sequences.append(sequence)
-            size += row_bytes[0] + (row_bytes[1] + 9) * len(sequence)  # a letter and its id
-            if len(ids) == self.config.shard_size or size >= SHARD_BYTES:
-                yield _Shard(index, ids, sequences, full=True)
-                index, ids, sequences, size = index + 1, [], [], 0
+            size += a_record + a_residue * len(sequence)
+            if len(ids) == config.shard_size or size >= SHARD_BYTES:
+                yield ids, sequences, True
+                ids, sequences, size = [], [], 0
         if ids:
-            yield _Shard(index, ids, sequences, full=False)
-
-    def _reason(self, sequence: bytes) -> str | None:
-        if not sequence:
-            return "no residues"
-        if self.config.long == "error" and len(sequence) > self.limit:
-            return f"{len(sequence)} residues, the model reads {self.limit}: long=truncate or long=window embeds it"
-        return None
-
-    def report(self, shards: int, seconds: float) -> EmbedReport:
-        c = self.counts
-        counts = (c["sequences"], c["residues"], c["rejected"], c["long"], shards, c["reused"])
-        return EmbedReport(self.config.output, *counts, round(seconds, 3))
-
-
-class _Rejects:
-    """`<output>.rejects.tsv`: id, source, line, reason; only there where something was rejected. Known after every
-    run in full, since every run reads all records."""
-
-    def __init__(self, output: str, write: bool):
-        self.path = Path(output + ".rejects.tsv")
-        self.temporary = Path(output + ".rejects.tsv.tmp")
-        self.write, self.count = write, 0
-        self.file: TextIO | None = None
-
-    def add(self, reject: Reject) -> None:
-        self.count += 1
-        if not self.write:
-            return
-        if self.file is None:
-            self.file = open(self.temporary, "w", encoding="utf-8")  # noqa: SIM115
-            self.file.write("id\tsource\tline\treason\n")
-        fields = (reject.id, reject.source, str(reject.line), reject.reason)
-        self.file.write("\t".join(" ".join(field.split()) for field in fields) + "\n")
-
-    def __enter__(self) -> _Rejects:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-        if self.write and kind is None:
-            if self.file is not None:
-                os.replace(self.temporary, self.path)
-            else:
-                self.path.unlink(missing_ok=True)
+            yield ids, sequences, False
 
 
 def weights_hash(module: torch.nn.Module) -> str:

@@ -12,25 +12,24 @@ T tokens (packed), B pieces, D width, L residues, V vocabulary, N sequences
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moltron.infer.pooling import pool, segment_lengths
 from moltron.models.batch import PackedBatch
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.apply import compile_units
 from moltron.parallel.precision import DTYPES, resolve_precision
 
 Item = TypeVar("Item")
-_Tensors = dict[tuple[str, int], Tensor]  # ("pooled" | "hiddens" | "logits", layer)
+Key = tuple[str, int]  # "pooled" | "hiddens" | "logits", layer
+POOLINGS = ("mean", "cls", "max")
 QUANTUM = 64  # rows; fewer change a linear layer's last bits
 
 
@@ -47,22 +46,26 @@ class Wanted:
 
 @dataclass
 class Encoded:
-    """Results of P pieces: `pooled` (P, D) fp32 a layer, see pooling.pool; lists of (rows, D) and (rows, V)."""
+    """Results of N pieces or sequences, in order: `pooled` (N, D) fp32 a layer; lists of (rows, D) and (rows, V).
+
+    `encode` pools a piece to its sum (mean), maximum (max) or first row (cls): `windows.merge` goes on from there.
+    """
 
     pooled: dict[int, np.ndarray]
     hiddens: dict[int, list[np.ndarray]]
     logits: list[np.ndarray]
 
 
-@dataclass
-class _Pack:
-    """Some of the pieces on one token axis. rows: their indices; keep: (B, 2) rows kept of each."""
+class _Pack(NamedTuple):
+    """Pieces on one token axis. pieces: their indices; kept: (B, 2) the rows [from, to) of each that count.
+
+    segments: (2B+1,) row counts that cut the axis for pooling into gap, piece, gap, piece, … gap.
+    """
 
     batch: PackedBatch
-    rows: np.ndarray
-    keep: np.ndarray
+    pieces: np.ndarray
+    kept: np.ndarray
     segments: Tensor
-    starts: Tensor
 
 
 class Encoder:
@@ -84,21 +87,17 @@ class Encoder:
         self.device = torch.device(device)
         self.precision = resolve_precision(precision, self.device)
         self.model: Any = model.to(device=self.device, dtype=DTYPES[self.precision]).eval().requires_grad_(False)
-        self.config: Any = model.config
         self.pad_id = pad_id
-        self.tokens = _round_up(tokens or self._default_tokens(), QUANTUM)
         self._plan = plan
-        self._on_cuda = self.device.type == "cuda"
-        self._copies = torch.cuda.Stream(self.device) if self._on_cuda else None
-
-    def _default_tokens(self) -> int:
-        if self.device.type != "cuda":
-            return 4096
-        return int(np.clip(131072 * 320 // self.config.hidden_size, 8192, 131072))
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._width = self.model.config.hidden_size
+        if tokens is None:
+            tokens = 4096 if self._copies is None else int(np.clip(131072 * 320 // self._width, 8192, 131072))
+        self.tokens = _round_up(tokens)
 
     def compile(self) -> None:
         """Compile the plan's units: pays on CUDA from some tens of packs."""
-        if self._plan is not None and self._on_cuda:
+        if self._plan is not None and self._copies is not None:
             compile_units(self.model, self._plan)
             self._plan = None
 
@@ -107,87 +106,89 @@ class Encoder:
 
         keep: (P, 2), the rows [from, to) of each piece that count; None: all but the first and the last (the specials).
         """
-        lengths = np.fromiter((len(x) for x in ids), dtype=np.int64, count=len(ids))
+        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         if keep is None:
             keep = np.stack([np.ones_like(lengths), lengths - 1], axis=1)
-        width, pooled_layers = self.config.hidden_size, wanted.layers if wanted.pooling else ()
+        pooled_layers = wanted.layers if wanted.pooling else ()
         result = Encoded(
-            pooled={layer: np.empty((len(ids), width), dtype=np.float32) for layer in pooled_layers},
+            pooled={layer: np.empty((len(ids), self._width), dtype=np.float32) for layer in pooled_layers},
             hiddens={layer: [np.empty(0)] * len(ids) for layer in wanted.layers} if wanted.hiddens else {},
             logits=[np.empty(0)] * len(ids) if wanted.logits else [],
         )
-        for pack, arrays in self._run(self._packs(ids, lengths, keep), wanted):
-            for layer in pooled_layers:
-                result.pooled[layer][pack.rows] = arrays["pooled", layer]
-            for layer, rows in result.hiddens.items():
-                _scatter(rows, pack, arrays["hiddens", layer])
-            if wanted.logits:
-                _scatter(result.logits, pack, arrays["logits", -1])
+        for pack, arrays in self._run(self._packs(ids, lengths, keep, wanted), wanted):
+            for layer, rows in result.pooled.items():
+                rows[pack.pieces] = arrays["pooled", layer]
+            for piece, (begin, end) in zip(pack.pieces.tolist(), pack.kept.tolist(), strict=True):
+                for layer, hiddens in result.hiddens.items():
+                    hiddens[piece] = arrays["hiddens", layer][begin:end].copy()
+                if wanted.logits:
+                    result.logits[piece] = arrays["logits", -1][begin:end].copy()
         return result
 
     # ------------------------------------------------------------------------------------------------------- packs
 
-    def _packs(self, ids: Sequence[np.ndarray], lengths: np.ndarray, keep: np.ndarray) -> Iterator[_Pack]:
+    def _packs(
+        self, ids: Sequence[np.ndarray], lengths: np.ndarray, keep: np.ndarray, wanted: Wanted
+    ) -> Iterator[_Pack]:
         order = np.argsort(-lengths, kind="stable")
-        sorted_ends = np.cumsum(lengths[order])
-        begin, total = 0, int(lengths.sum())
+        ends = np.cumsum(lengths[order])
+        begin = done = 0
         while begin < len(order):
-            done = int(sorted_ends[begin - 1]) if begin else 0
             longest = int(lengths[order[begin]])
-            budget = max(self.tokens, _round_up(longest, QUANTUM))
-            end = int(np.searchsorted(sorted_ends, done + budget, side="right"))
-            filled = int(sorted_ends[end - 1]) - done
-            # CUDA: one shape a run, or a power of two where there is little to do; `max_length` too takes few values
-            small = budget if total > budget else min(budget, max(QUANTUM, _power_of_two(total)))
-            tokens = small if self._on_cuda else _round_up(filled, QUANTUM)
-            max_length = max(128, _power_of_two(longest)) if self._on_cuda else longest
-            yield self._pack(ids, order[begin:end], lengths, keep, tokens, max_length)
-            begin = end
-
-    def _pack(self, ids, rows: np.ndarray, lengths: np.ndarray, keep: np.ndarray, tokens: int, longest: int) -> _Pack:
-        flat = np.concatenate([ids[row] for row in rows])
-        batch = PackedBatch.pack(flat, lengths[rows], tokens=tokens, pad_id=self.pad_id, max_length=longest)
-        segments = torch.from_numpy(segment_lengths(lengths[rows], keep[rows], tokens))
-        starts = torch.from_numpy(np.cumsum(lengths[rows]) - lengths[rows])
-        if self._on_cuda:
-            batch, segments, starts = batch.pin_memory(), segments.pin_memory(), starts.pin_memory()
-        return _Pack(batch, rows, keep[rows], segments, starts)
+            budget = max(self.tokens, _round_up(longest))
+            end = int(np.searchsorted(ends, done + budget, side="right"))
+            pieces, filled = order[begin:end], int(ends[end - 1]) - done
+            begin, done = end, int(ends[end - 1])
+            if self._copies is None:
+                tokens = _round_up(filled)
+            else:  # one shape a run, or a power of two where there is little to do; `longest` too takes few values
+                tokens = budget if ends[-1] > budget else min(budget, max(QUANTUM, _power_of_two(int(ends[-1]))))
+                longest = max(128, _power_of_two(longest))
+            flat = np.concatenate([ids[piece] for piece in pieces])
+            batch = PackedBatch.pack(flat, lengths[pieces], tokens=tokens, pad_id=self.pad_id, max_length=longest)
+            starts = (np.cumsum(lengths[pieces]) - lengths[pieces])[:, None]
+            kept = starts + keep[pieces]
+            counted = np.add(starts, [0, 1]) if wanted.pooling == "cls" else kept
+            segments = torch.from_numpy(np.diff(np.concatenate([[0], counted.ravel(), [tokens]])))
+            if self._copies is not None:
+                batch, segments = batch.pin_memory(), segments.pin_memory()
+            yield _Pack(batch, pieces, kept, segments)
 
     # ------------------------------------------------------------------------------------------------------ device
 
-    def _run(self, packs: Iterator[_Pack], wanted: Wanted) -> Iterator[tuple[_Pack, dict[tuple[str, int], np.ndarray]]]:
-        if not self._on_cuda:
-            for pack in packs:
-                yield pack, {key: value.numpy() for key, value in self._forward(pack, wanted).items()}
-            return
-        waiting: deque[tuple[_Pack, _Tensors, torch.cuda.Event]] = deque()
-        for pack in ahead(packs, depth=3):
-            waiting.append((pack, *self._to_host(self._forward(pack, wanted))))
-            if len(waiting) > 2:
-                yield _arrived(*waiting.popleft())
-        while waiting:
-            yield _arrived(*waiting.popleft())
+    def _run(self, packs: Iterator[_Pack], wanted: Wanted) -> Iterator[tuple[_Pack, dict[Key, np.ndarray]]]:
+        depth = 0 if self._copies is None else 2
+        waiting: deque[tuple[_Pack, Callable[[], dict[Key, np.ndarray]]]] = deque()
+        for pack in ahead(packs, depth=3) if depth else packs:
+            waiting.append((pack, self._to_host(self._forward(pack, wanted))))
+            if len(waiting) > depth:
+                pack, arrived = waiting.popleft()
+                yield pack, arrived()
+        for pack, arrived in waiting:
+            yield pack, arrived()
 
     @torch.inference_mode()
-    def _forward(self, pack: _Pack, wanted: Wanted) -> _Tensors:
+    def _forward(self, pack: _Pack, wanted: Wanted) -> dict[Key, Tensor]:
         batch = pack.batch.to(self.device, non_blocking=True)
         segments = pack.segments.to(self.device, non_blocking=True)
-        starts = pack.starts.to(self.device, non_blocking=True)
         output = self.model(batch, hidden_layers=wanted.layers)
+        reduce = "max" if wanted.pooling == "max" else "sum"
         results = {}
         for layer in wanted.layers:
-            if wanted.pooling:
-                results["pooled", layer] = pool(output.hiddens[layer], segments, starts, wanted.pooling)
+            hidden = output.hiddens[layer]
+            if wanted.pooling:  # each piece over its own rows, one after another: the same bits whatever else is here
+                pooled = torch.segment_reduce(hidden.float(), reduce, lengths=segments, axis=0, unsafe=True)
+                results["pooled", layer] = pooled[1::2]
             if wanted.hiddens:
-                results["hiddens", layer] = output.hiddens[layer].to(wanted.dtype)
+                results["hiddens", layer] = hidden.to(wanted.dtype)
         if wanted.logits:  # of all rows: a few rows alone would have other last bits
             results["logits", -1] = self.model.logits(output.hidden).to(wanted.dtype)
         return results
 
-    def _to_host(
-        self, tensors: dict[tuple[str, int], Tensor]
-    ) -> tuple[dict[tuple[str, int], Tensor], torch.cuda.Event]:
-        assert self._copies is not None
+    def _to_host(self, tensors: dict[Key, Tensor]) -> Callable[[], dict[Key, np.ndarray]]:
+        """Into pinned memory, on a stream of its own: the next pack is computed meanwhile. What comes back waits."""
+        if self._copies is None:
+            return lambda: {key: tensor.numpy() for key, tensor in tensors.items()}
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
         host = {}
         with torch.cuda.stream(self._copies):
@@ -195,25 +196,17 @@ class Encoder:
                 host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 host[key].copy_(tensor, non_blocking=True)
                 tensor.record_stream(self._copies)
-            event = torch.cuda.Event()
-            event.record(self._copies)
-        return host, event
+            event = self._copies.record_event()
+
+        def arrived() -> dict[Key, np.ndarray]:
+            event.synchronize()
+            return {key: tensor.numpy() for key, tensor in host.items()}
+
+        return arrived
 
 
-def _arrived(pack: _Pack, host: _Tensors, event: torch.cuda.Event):
-    event.synchronize()
-    return pack, {key: value.numpy() for key, value in host.items()}
-
-
-def _scatter(rows: list[np.ndarray], pack: _Pack, values: np.ndarray) -> None:
-    """Give each piece its own kept rows of a pack's (T, …) array."""
-    starts = pack.starts.numpy()
-    for row, begin, end in zip(pack.rows.tolist(), starts + pack.keep[:, 0], starts + pack.keep[:, 1], strict=True):
-        rows[row] = values[begin:end].copy()
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def _round_up(n: int) -> int:
+    return -(-n // QUANTUM) * QUANTUM
 
 
 def _power_of_two(n: int) -> int:
@@ -222,35 +215,9 @@ def _power_of_two(n: int) -> int:
 
 def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
     """The same items, made in a thread up to `depth` ahead. Errors arrive here; leaving early ends the thread."""
-    box: queue.Queue[Any] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(entry: tuple[str, Any]) -> bool:
-        while not stop.is_set():
-            try:
-                box.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put(("item", item)):
-                    return
-            put(("end", None))
-        except BaseException as error:
-            put(("error", error))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while True:
-            kind, value = box.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stop.set()
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as worker:
+        coming = deque(worker.submit(next, source, end) for _ in range(depth))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(worker.submit(next, source, end))
+            yield item  # pyright: ignore[reportReturnType]

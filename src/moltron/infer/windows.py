@@ -1,12 +1,16 @@
-"""Sequences longer than a model: cut into overlapping windows, stitched again without doubles.
+"""Sequences longer than a model: cut into overlapping windows, put together again without doubles.
 
 residues 0 ………………………………………………………… L
 window 0 |=========kept=========|~~~|
 window 1                    |~~~|=======kept=======|~~~|        a seam lies in the middle of each overlap, so
 window 2                                       |~~~|=====kept=====|    every residue is read where it sees most
+
+P pieces (windows, or whole sequences), N sequences, D width
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -27,3 +31,23 @@ def cut(length: int, limit: int, overlap: int) -> np.ndarray:
     ends = begins + limit
     seams = (begins[1:] + ends[:-1]) // 2
     return np.stack([begins, ends, np.r_[0, seams], np.r_[seams, length]], axis=1)
+
+
+def merge(pooled: np.ndarray, kept: np.ndarray, owners: np.ndarray, pooling: str) -> np.ndarray:
+    """One vector a sequence from the vectors of its pieces.
+
+    pooled: (P, D), see engine.Encoded; kept: (P,) rows of each piece; owners: (P,) index of its sequence, ascending,
+    no gaps.
+    mean: Σ sums / Σ rows. max: the largest. cls: mean over the pieces' first tokens.
+    """
+    first = np.flatnonzero(np.diff(owners, prepend=-1))
+    if pooling == "max":
+        return np.maximum.reduceat(pooled, first, axis=0)
+    weights = np.add.reduceat(kept if pooling == "mean" else np.ones_like(kept), first)
+    return np.add.reduceat(pooled, first, axis=0) / weights[:, None].astype(np.float32)
+
+
+def stitch(pieces: list[np.ndarray], owners: np.ndarray) -> list[np.ndarray]:
+    """N arrays of P: the kept rows of each sequence's pieces, one after another."""
+    bounds = [*np.flatnonzero(np.diff(owners, prepend=-1)).tolist(), len(owners)]
+    return [pieces[a] if b - a == 1 else np.concatenate(pieces[a:b]) for a, b in pairwise(bounds)]

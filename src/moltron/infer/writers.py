@@ -1,19 +1,9 @@
-"""Files of results: Parquet shards first, one per block of records, then the file that was asked for.
+"""Files of results: Parquet shards first, one per some thousand records, then the file that was asked for.
 
-    Block ──write_shard──> <output>.shards/00000.parquet … ──write_output──> .parquet .npz .safetensors .h5 .pkl
-            temporary name, fsync, rename; footer: settings        row group by row group, memory flat (but .pkl)
+    records ──write_shard──> <output>.shards/00000.parquet … ──write_output──> .parquet .npz .safetensors .h5 .pkl
+              temporary name, fsync, rename; footer: settings        row group by row group, memory flat (but .pkl)
 
-What every format holds: ids in input order; `embeddings` (N, D); `hiddens` (L, D) and `logits` (L, V) of each record;
-with several layers the name carries the layer: `embeddings_0`, `embeddings_6`; the settings as JSON.
-
-    .npz           ids (N,) str, embeddings (N, D), hiddens (ΣL, D), logits (ΣL, V), offsets (N+1,), settings () str
-    .safetensors   the same; ids (N, W) uint8, UTF-8 filled with zeros: `ids.numpy().view(f"S{W}").ravel()`; settings in
-                   the header's metadata
-    .h5            /ids, /embeddings, /sequences/<id>/hiddens with attribute original_id; settings as attribute of /
-    .parquet       id, embeddings: fixed-size list, hiddens: list of fixed-size lists; settings in the schema
-    .pkl           BioNeMo v1's list of dicts: sequence, id, embeddings, hiddens. Needs the whole result in memory.
-
-Record i's rows of a ragged output are offsets[i] … offsets[i+1]. Knows nothing of models and inputs.
+What the formats hold is in docs/embedding.md, section Files. Knows nothing of models and inputs.
 
 N records, D width, L residues, V vocabulary
 """
@@ -26,11 +16,11 @@ import pickle
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -39,9 +29,7 @@ import pyarrow.parquet as pq
 
 from moltron.common.manifest import fsync
 
-GROUP_BYTES = 32 << 20  # of one row group: what assembling holds in memory
-FORMATS = (".parquet", ".npz", ".safetensors", ".h5", ".hdf5", ".pkl")
-SETTINGS = b"moltron"  # key of the settings in a schema's metadata
+GROUP_BYTES = 32 << 20  # of one row group, on average: what assembling holds in memory
 
 
 @dataclass(frozen=True)
@@ -57,20 +45,27 @@ class Column:
         row = pa.list_(pa.from_numpy_dtype(np.dtype(self.dtype)), self.width)
         return pa.list_(row) if self.ragged else row
 
+    def to_arrow(self, values: Any) -> pa.Array:
+        """values: of some records, see `write_shard`."""
+        rows = np.concatenate(values) if self.ragged else values
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(rows.astype(self.dtype, copy=False).ravel()), self.width)
+        if not self.ragged:
+            return lists
+        return pa.ListArray.from_arrays(np.cumsum([0, *map(len, values)], dtype=np.int32), lists)
 
-@dataclass
-class Block:
-    """Results of consecutive records. values: (N, width) a column, or a list of (L, width) where it is ragged."""
-
-    ids: list[str]
-    sequences: list[str]
-    values: dict[str, Any]
+    def to_numpy(self, table: pa.Table) -> np.ndarray:
+        """All rows of this column end to end, (rows, width)."""
+        array = table[self.name].combine_chunks()
+        lists = array.flatten() if self.ragged else array
+        return lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.width)
 
 
-def _schema(columns: Iterable[Column], settings: dict[str, Any]) -> pa.Schema:
-    fields = [("id", pa.string()), ("sequence", pa.string()), ("length", pa.int32())]
-    fields += [(c.name, c.arrow_type()) for c in columns]
-    return pa.schema(fields, metadata={SETTINGS: json.dumps(settings, sort_keys=True)})
+def _schema(texts: dict[str, pa.DataType], columns: list[Column], settings: str) -> pa.Schema:
+    return pa.schema(texts | {c.name: c.arrow_type() for c in columns}, metadata={b"moltron": settings})
+
+
+def _json(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
 def _replace(temporary: Path, path: Path) -> None:
@@ -82,47 +77,26 @@ def _replace(temporary: Path, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- shards
 
 
-def write_shard(path: Path, block: Block, columns: list[Column], settings: dict[str, Any]) -> None:
-    """Write a block so that it is whole or not there. settings: what `is_done` compares."""
-    ragged = next((block.values[c.name] for c in columns if c.ragged), None)
-    lengths = np.array([len(x) for x in (block.sequences if ragged is None else ragged)], dtype=np.int32)
-    per_row = 64 + sum(c.width * np.dtype(c.dtype).itemsize * (lengths if c.ragged else 1) for c in columns)
-    groups = np.cumsum(np.broadcast_to(per_row, lengths.shape)) // GROUP_BYTES
-    bounds = [*np.flatnonzero(np.diff(groups, prepend=-1)).tolist(), len(lengths)]
-    schema = _schema(columns, settings)
+def write_shard(path: Path, records: dict[str, Any], columns: list[Column], settings: dict[str, Any]) -> None:
+    """Write results of consecutive records so that they are whole or not there. settings: what `is_done` compares.
+
+    records: lists `id` and `sequence`; a column's (N, width), or its list of (L, width) where it is ragged.
+    """
+    count = len(records["id"])
+    ragged = [column.name for column in columns if column.ragged]
+    records = {**records, "length": [len(x) for x in records[ragged[0] if ragged else "sequence"]]}
+    size = sum(row.nbytes for column in columns for row in records[column.name])
+    step = max(1, count * GROUP_BYTES // size)
+    texts = {"id": pa.string(), "sequence": pa.string(), "length": pa.int32()}
+    schema = _schema(texts, columns, _json(settings))
     temporary = path.with_suffix(".tmp")
     with pq.ParquetWriter(temporary, schema, compression="none", use_dictionary=False, write_statistics=False) as out:
-        for a, b in pairwise(bounds):
-            arrays = [pa.array(block.ids[a:b]), pa.array(block.sequences[a:b]), pa.array(lengths[a:b])]
-            arrays += [_to_arrow(c, block.values[c.name][a:b]) for c in columns]
-            out.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=max(1, b - a))
-        totals = {"rows": len(lengths), "residues": int(lengths.sum()), "id_width": _id_widths(block.ids)}
-        out.add_key_value_metadata({"totals": json.dumps(totals)})
+        for begin in range(0, count, step):
+            rows = slice(begin, begin + step)
+            arrays = [pa.array(records[name][rows], kind) for name, kind in texts.items()]
+            arrays += [column.to_arrow(records[column.name][rows]) for column in columns]
+            out.write_batch(pa.record_batch(arrays, schema=schema), row_group_size=step)
     _replace(temporary, path)
-
-
-def _id_widths(ids: list[str]) -> list[int]:
-    """Longest id in characters and in bytes."""
-    return [max(map(len, ids), default=1), max((len(x.encode()) for x in ids), default=1)]
-
-
-def _to_arrow(column: Column, values: Any) -> pa.Array:
-    if not column.ragged:
-        return pa.FixedSizeListArray.from_arrays(_flat(values, column.dtype), column.width)
-    offsets = np.zeros(len(values) + 1, dtype=np.int32)
-    np.cumsum([len(x) for x in values], out=offsets[1:])
-    rows = pa.FixedSizeListArray.from_arrays(_flat(np.concatenate(values), column.dtype), column.width)
-    return pa.ListArray.from_arrays(offsets, rows)
-
-
-def _flat(values: np.ndarray, dtype: str) -> pa.Array:
-    return pa.array(np.ascontiguousarray(values, dtype=dtype).reshape(-1))
-
-
-def _to_numpy(column: Column, array: pa.Array) -> np.ndarray:
-    """All rows of a column end to end, (rows, width)."""
-    rows = array.flatten() if column.ragged else array
-    return rows.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.width)
 
 
 def is_done(path: Path, settings: dict[str, Any]) -> bool:
@@ -131,37 +105,69 @@ def is_done(path: Path, settings: dict[str, Any]) -> bool:
         metadata = pq.read_schema(path).metadata or {}
     except (FileNotFoundError, pa.ArrowInvalid):
         return False
-    return metadata.get(SETTINGS) == json.dumps(settings, sort_keys=True).encode()
+    return metadata.get(b"moltron") == _json(settings).encode()
+
+
+class _Stream(NamedTuple):
+    """An array of known shape that arrives in chunks along its first dimension."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    chunks: Iterable[np.ndarray]
+
+    def write(self, file: Any) -> None:
+        for chunk in self.chunks:
+            file.write(chunk.astype(self.dtype, copy=False).tobytes())
 
 
 class Rows:
-    """Finished shards as one table, read row group by row group."""
+    """Finished shards as one table, read row group by row group. residues: ΣL; id_width: longest, characters, bytes."""
 
     def __init__(self, paths: list[Path], columns: list[Column], settings: dict[str, Any]):
-        self.paths, self.columns, self.settings = paths, columns, settings
-        totals = [json.loads(pq.read_metadata(path).metadata[b"totals"]) for path in paths]
-        self.count = sum(t["rows"] for t in totals)
-        self.residues = sum(t["residues"] for t in totals)
-        self.id_width = [max((t["id_width"][i] for t in totals), default=1) for i in (0, 1)]
+        self.paths, self.columns, self.settings = paths, columns, _json(settings)
+        self.count, self.residues, self.id_width = 0, 0, [1, 1]
+        for table in self.tables("id", "length"):
+            ids = table["id"].to_pylist()
+            self.count += len(ids)
+            self.residues += int(table["length"].to_numpy().sum())
+            self.id_width = np.maximum(self.id_width, [(len(x), len(x.encode())) for x in ids]).max(axis=0).tolist()
 
-    def tables(self, names: list[str]) -> Iterator[pa.Table]:
+    def tables(self, *names: str) -> Iterator[pa.Table]:
         for path in self.paths:
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
                     yield file.read_row_group(group, columns=names)
 
-    def ids(self) -> Iterator[list[str]]:
-        return (table["id"].to_pylist() for table in self.tables(["id"]))
+    def records(self, columns: list[Column]) -> Iterator[dict[str, Any]]:
+        """sequence, id and the columns' (width,) or (L, width), record by record."""
+        for table in self.tables("sequence", "id", "length", *(c.name for c in columns)):
+            splits = np.cumsum(table["length"].to_numpy())[:-1]
+            fields = {name: table[name].to_pylist() for name in ("sequence", "id")}
+            for column in columns:
+                rows = column.to_numpy(table)
+                fields[column.name] = np.split(rows, splits) if column.ragged else list(rows)
+            for values in zip(*fields.values(), strict=True):
+                yield dict(zip(fields, values, strict=True))
 
-    def values(self, column: Column) -> Iterator[np.ndarray]:
-        return (_to_numpy(column, table[column.name].combine_chunks()) for table in self.tables([column.name]))
+    def streams(self) -> list[_Stream]:
+        """All of it as arrays: ids (N,), one a column and, where one is ragged, offsets (N+1,) of the records' rows."""
+        text = np.dtype(f"<U{self.id_width[0]}")
+        ids = (np.array(table["id"].to_pylist(), dtype=text) for table in self.tables("id"))
+        streams = [_Stream("ids", text, (self.count,), ids)]
+        for c in self.columns:
+            shape = (self.residues if c.ragged else self.count, c.width)
+            streams.append(_Stream(c.name, np.dtype(c.dtype), shape, map(c.to_numpy, self.tables(c.name))))
+        if any(column.ragged for column in self.columns):
+            streams.append(_Stream("offsets", np.dtype(np.int64), (self.count + 1,), self._offsets()))
+        return streams
 
-    def offsets(self) -> Iterator[np.ndarray]:
-        yield np.zeros(1, dtype=np.int64)
-        total = 0
-        for table in self.tables(["length"]):
+    def _offsets(self) -> Iterator[np.ndarray]:
+        total = np.zeros(1, dtype=np.int64)
+        yield total
+        for table in self.tables("length"):
             ends = total + np.cumsum(table["length"].to_numpy(), dtype=np.int64)
-            total = int(ends[-1])
+            total = ends[-1:]
             yield ends
 
 
@@ -170,89 +176,41 @@ class Rows:
 
 def write_output(rows: Rows, temporary: Path, path: Path) -> None:
     """Write the file asked for, in the format of its suffix; it takes its name when it is whole."""
-    writers: dict[str, Callable[[Rows, Path], None]] = {
-        ".parquet": _write_parquet,
-        ".npz": _write_npz,
-        ".safetensors": _write_safetensors,
-        ".h5": _write_hdf5,
-        ".hdf5": _write_hdf5,
-        ".pkl": _write_pickle,
-    }
-    writers[path.suffix](rows, temporary)
+    FORMATS[path.suffix](rows, temporary)
     _replace(temporary, path)
 
 
 def _write_parquet(rows: Rows, path: Path) -> None:
-    schema = _schema(rows.columns, rows.settings)
-    names = ["id", *(c.name for c in rows.columns)]
-    schema = pa.schema([schema.field(name) for name in names], metadata=schema.metadata)
+    schema = _schema({"id": pa.string()}, rows.columns, rows.settings)
     with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False, write_statistics=False) as out:
-        for table in rows.tables(names):
-            out.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=max(1, table.num_rows))
-
-
-@dataclass
-class _Stream:
-    """An array of known shape that arrives in chunks along its first dimension."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[np.ndarray]]
-
-    def write(self, file: IO[bytes]) -> None:
-        for chunk in self.chunks():
-            file.write(np.ascontiguousarray(chunk, dtype=self.dtype).reshape(-1).view(np.uint8).data)
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-
-def _value_streams(rows: Rows) -> list[_Stream]:
-    streams = []
-    for column in rows.columns:
-        shape = (rows.residues if column.ragged else rows.count, column.width)
-        streams.append(_Stream(column.name, np.dtype(column.dtype), shape, lambda column=column: rows.values(column)))
-    if any(column.ragged for column in rows.columns):
-        streams.append(_Stream("offsets", np.dtype(np.int64), (rows.count + 1,), rows.offsets))
-    return streams
+        for table in rows.tables(*schema.names):
+            out.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=table.num_rows)
 
 
 def _write_npz(rows: Rows, path: Path) -> None:
-    text = np.dtype(f"<U{max(1, rows.id_width[0])}")
-    settings = np.array(json.dumps(rows.settings, sort_keys=True))
-    streams = [
-        _Stream("ids", text, (rows.count,), lambda: (np.array(ids, dtype=text) for ids in rows.ids())),
-        *_value_streams(rows),
-        _Stream("settings", settings.dtype, (), lambda: iter([settings])),
-    ]
+    settings = np.array(rows.settings)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for stream in streams:
+        for stream in [*rows.streams(), _Stream("settings", settings.dtype, (), [settings])]:
             entry = zipfile.ZipInfo(f"{stream.name}.npy")  # dated 1980: equal results, equal bytes
             with archive.open(entry, "w", force_zip64=True) as file:
                 header = {"descr": stream.dtype.str, "fortran_order": False, "shape": stream.shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                stream.write(file)  # pyright: ignore[reportArgumentType]
+                stream.write(file)
 
 
 def _write_safetensors(rows: Rows, path: Path) -> None:
     """Header length, JSON header, data: written by hand, since the library wants all tensors in memory."""
-    width = max(1, rows.id_width[1])
-
-    def ids() -> Iterator[np.ndarray]:
-        for chunk in rows.ids():
-            yield np.array([x.encode() for x in chunk], dtype=f"S{width}").view(np.uint8)
-
-    streams = [*_value_streams(rows), _Stream("ids", np.dtype(np.uint8), (rows.count, width), ids)]
-    names = {"float32": "F32", "float16": "F16", "int64": "I64", "uint8": "U8"}
+    width = rows.id_width[1]
+    ids, *streams = rows.streams()
+    encoded = (np.char.encode(chunk, "utf-8").astype(f"S{width}").view(np.uint8) for chunk in ids.chunks)
+    streams.append(_Stream("ids", np.dtype(np.uint8), (rows.count, width), encoded))
     streams.sort(key=lambda stream: (-stream.dtype.itemsize, stream.name))  # keeps every tensor aligned
-    header: dict[str, Any] = {"__metadata__": {"moltron": json.dumps(rows.settings, sort_keys=True)}}
-    at = 0
-    for stream in streams:
-        data_offsets = [at, at + stream.nbytes]
-        header[stream.name] = {"dtype": names[stream.dtype.name], "shape": stream.shape, "data_offsets": data_offsets}
-        at += stream.nbytes
+    names = {"float32": "F32", "float16": "F16", "int64": "I64", "uint8": "U8"}
+    header: dict[str, Any] = {"__metadata__": {"moltron": rows.settings}}
+    end = 0
+    for name, dtype, shape, _ in streams:
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype.name], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -269,51 +227,43 @@ def group_name(record_id: str) -> str:
 
 
 def _write_hdf5(rows: Rows, path: Path) -> None:
+    ragged = [column for column in rows.columns if column.ragged]
     with h5py.File(path, "w") as file:
-        file.attrs["moltron"] = json.dumps(rows.settings, sort_keys=True)
-        ids = file.create_dataset("ids", (rows.count,), dtype=h5py.string_dtype())
-        at = 0
-        for chunk in rows.ids():
-            ids[at : at + len(chunk)] = chunk
-            at += len(chunk)
-        for column in (c for c in rows.columns if not c.ragged):
-            data = file.create_dataset(column.name, (rows.count, column.width), dtype=column.dtype)
+        file.attrs["moltron"] = rows.settings
+        for name, dtype, shape, chunks in rows.streams():
+            if name in [c.name for c in ragged] or name == "offsets":
+                continue
+            data = file.create_dataset(name, shape, h5py.string_dtype() if name == "ids" else dtype)
             at = 0
-            for chunk in rows.values(column):
-                data[at : at + len(chunk)] = chunk
+            for chunk in chunks:
+                data[at : at + len(chunk)] = chunk.tolist() if name == "ids" else chunk
                 at += len(chunk)
-        ragged = [c for c in rows.columns if c.ragged]
-        if ragged:
-            _write_groups(rows, ragged, file.create_group("sequences"))
-
-
-def _write_groups(rows: Rows, ragged: list[Column], parent: h5py.Group) -> None:
-    copies: Counter[str] = Counter()
-    for table in rows.tables(["id", "length", *(c.name for c in ragged)]):
-        values = {c.name: _to_numpy(c, table[c.name].combine_chunks()) for c in ragged}
-        ends = np.cumsum(table["length"].to_numpy(), dtype=np.int64).tolist()
-        for record_id, begin, end in zip(table["id"].to_pylist(), [0, *ends], ends, strict=False):
-            name = escaped = group_name(record_id)
+        if not ragged:
+            return
+        parent = file.create_group("sequences")
+        copies: Counter[str] = Counter()
+        for record in rows.records(ragged):
+            name = escaped = group_name(record["id"])
             while name in parent:  # the same id again
                 copies[escaped] += 1
                 name = f"{escaped}#{copies[escaped] + 1}"
             group = parent.create_group(name)
-            group.attrs["original_id"] = record_id
-            for key, rows_of_key in values.items():
-                group.create_dataset(key, data=rows_of_key[begin:end])
+            group.attrs["original_id"] = record["id"]
+            for column in ragged:
+                group.create_dataset(column.name, data=record[column.name])
 
 
 def _write_pickle(rows: Rows, path: Path) -> None:
     """BioNeMo v1's list of dicts (spec tasks_and_inference.md §5)."""
-    records: list[dict[str, Any]] = []
-    for table in rows.tables(["sequence", "id", "length", *(c.name for c in rows.columns)]):
-        values = {c: _to_numpy(c, table[c.name].combine_chunks()) for c in rows.columns}
-        ends = np.cumsum(table["length"].to_numpy(), dtype=np.int64).tolist()
-        texts = zip(table["sequence"].to_pylist(), table["id"].to_pylist(), [0, *ends], ends, strict=False)
-        for i, (sequence, record_id, begin, end) in enumerate(texts):
-            record: dict[str, Any] = {"sequence": sequence, "id": record_id}
-            for column, of_group in values.items():
-                record[column.name] = (of_group[begin:end] if column.ragged else of_group[i]).copy()
-            records.append(record)
     with open(path, "wb") as file:
-        pickle.dump(records, file, protocol=4)
+        pickle.dump(list(rows.records(rows.columns)), file, protocol=4)
+
+
+FORMATS = {
+    ".parquet": _write_parquet,
+    ".npz": _write_npz,
+    ".safetensors": _write_safetensors,
+    ".h5": _write_hdf5,
+    ".hdf5": _write_hdf5,
+    ".pkl": _write_pickle,
+}

@@ -115,7 +115,7 @@ def test_early_stop_keeps_the_last_state(tmp_path, tiny_config, read_state):
 
 
 def test_best_checkpoints_are_kept(tmp_path, tiny_config, monkeypatch):
-    from moltron.train.evaluate import Evaluator
+    from moltron.infer.evaluate import Evaluator
 
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0])
     monkeypatch.setattr(Evaluator, "loss", lambda self, model: next(losses))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moltron.infer.engine import Encoder, Wanted, ahead
-from moltron.infer.pooling import merge
+from moltron.infer.windows import merge
 from moltron.models.batch import PackedBatch
 from moltron.models.registry import build_model
 

@@ -11,7 +11,8 @@ from moltron import load_model
 from moltron.cli.main import main
 from moltron.config.schema import EvaluateConfig, ObjectiveConfig, PrepareConfig
 from moltron.data.prepare import prepare
-from moltron.infer.evaluate import evaluate_batches, evaluate_file
+from moltron.data.store import Store, StoreWriter
+from moltron.infer.evaluate import Evaluator, evaluate_file
 from moltron.models.batch import PackedBatch
 from moltron.objectives import get_objective
 
@@ -72,9 +73,17 @@ def test_a_broken_record_is_an_error_with_its_line(model_folder, fasta):
         evaluate_file(EvaluateConfig(model=model_folder, input=fasta([("a", "MKT"), ("b", "---")]), device="cpu"))
 
 
-def test_evaluate_batches_leaves_the_model_as_it_was(model_folder):
+def test_the_evaluator_leaves_the_model_as_it_was_and_reads_as_many_packs_as_it_may(model_folder, tmp_path, records):
+    with StoreWriter(tmp_path / "val.arrow") as writer:
+        writer.add(*zip(*records, strict=True))
     model = load_model(model_folder, "cpu")
     model.module.train()
-    objective = get_objective(ObjectiveConfig(), model.tokenizer, 0)
-    loss, count = evaluate_batches(model.module, [], objective)
-    assert model.module.training and (loss, count) == (0, 0)
+    arguments = (Store.open(tmp_path / "val.arrow"), model.tokenizer, ObjectiveConfig(), torch.device("cpu"))
+    targets = []
+    for packs in (0, 1, 2, None):
+        evaluator = Evaluator(*arguments, tokens=256, max_length=66, packs=packs)
+        loss_sum, count = evaluator.sums(model.module)
+        assert model.module.training
+        assert evaluator.loss(model.module) == (loss_sum / count if count else pytest.approx(math.nan, nan_ok=True))
+        targets.append(count)
+    assert targets[0] == 0 < targets[1] < targets[2] < targets[3]

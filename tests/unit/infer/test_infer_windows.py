@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from moltron.infer.pooling import merge, segment_lengths
-from moltron.infer.windows import cut
+from moltron.infer.windows import cut, merge
 
 
 @pytest.mark.parametrize("limit", [2, 10, 64])
@@ -25,10 +24,6 @@ def test_windows_tile_and_overlap(limit, overlap):
 
 def test_a_seam_lies_in_the_middle_of_the_overlap():
     assert cut(16, 10, 4).tolist() == [[0, 10, 0, 8], [6, 16, 8, 16]]
-
-
-def test_segments_are_gap_piece_gap():
-    assert segment_lengths(np.array([5, 4]), np.array([[1, 4], [1, 3]]), 64).tolist() == [1, 3, 2, 2, 56]
 
 
 def test_merge_weighs_windows_by_their_residues():
