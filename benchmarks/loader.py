@@ -3,7 +3,8 @@
     python benchmarks/loader.py --sequences 10000000 --repeats 5
 
 Writes a store of made-up sequences (lengths lognormal, median 270, cropped at 1,022 residues) under --folder, removed
-afterwards, then consumes a whole epoch: gather, ids, specials, packing, masks; one process, one background thread.
+afterwards, then consumes a whole epoch of BatchLoader.steps() in one process, without workers: gather, ids, specials,
+packing, masks.
 tok/s counts real tokens: the median of --repeats equal stretches of the epoch, after a tenth of it as warm-up; tokens
 a CPU second of the process do not depend on what else runs. The epoch must give every token of the store. Memory is
 read after the warm-up and at the epoch's end: `anonymous` is what the process owns, `resident` also counts pages of
@@ -45,7 +46,7 @@ def write_store(path: Path, num_sequences: int, seed: int = 0) -> None:
             np.cumsum(lengths, out=offsets[1:])
             text = letters[generator.integers(0, 20, int(offsets[-1]), dtype=np.uint8)]
             column = pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(text))
-            writer.add_columns(pa.array([f"made_up_{first + i}" for i in range(count)]), column)
+            writer.add(pa.array([f"made_up_{first + i}" for i in range(count)]), column)
 
 
 def memory() -> dict[str, float]:
@@ -68,7 +69,7 @@ def measure(store: Store, tokens: int, count: str, repeats: int) -> list[str]:
     total = int((np.minimum(store.lengths, 1022) + 2).sum(dtype=np.int64))
     warm_up = max(1, total // tokens // 10)
     stretch = (total // tokens - warm_up) // repeats
-    steps = iter(BatchLoader(plan, store, tokenizer, objective, packs=1, epochs=1))
+    steps = BatchLoader(plan, store, tokenizer, objective, packs=1, epochs=1).steps()
     real = [step.tokens for step in itertools.islice(steps, warm_up)]
     start, wall, cpu = memory(), [], []
     for _ in range(repeats):
@@ -91,8 +92,8 @@ def report(rows: list[list[str]], num_sequences: int, size: int, loads: list[str
     lines = [
         f"# Loader alone, {cpu_name()}, {os.cpu_count()} cores, {datetime.date.today()}",
         "",
-        f"`python benchmarks/loader.py`: {num_sequences:,} made-up sequences, {size / 2**30:.2f} GiB on disk; one",
-        f"process, one thread ahead. numpy {np.__version__}, Python {platform.python_version()}. "
+        f"`python benchmarks/loader.py`: {num_sequences:,} made-up sequences, {size / 2**30:.2f} GiB on disk;",
+        f"one process, no workers. numpy {np.__version__}, Python {platform.python_version()}. "
         f"Load average at start: {loads[0]}; at end: {loads[1]}.",
         "",
         "| T | count | M tok/s: median | all stretches | M tok a CPU second | packs a stretch | fill "
@@ -118,7 +119,10 @@ def main() -> None:
         store = Store.open(folder / "train.arrow")
         print(f"store of {len(store):,} records after {time.perf_counter() - begin:.0f} s", flush=True)
         loads = ["{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())]
-        rows = [measure(store, tokens, count, args.repeats) for tokens in args.tokens for count in args.count]
+        rows = []
+        for tokens, count in itertools.product(args.tokens, args.count):
+            rows.append(measure(store, tokens, count, args.repeats))
+            print("| " + " | ".join(rows[-1]) + " |", flush=True)
         loads.append("{:.1f} {:.1f} {:.1f}".format(*os.getloadavg()))
         text = report(rows, len(store), (folder / "train.arrow").stat().st_size, loads)
     finally:

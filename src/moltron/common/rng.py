@@ -35,15 +35,12 @@ def fold(state: U64, counter: ArrayLike) -> U64:
     x = np.array(counter, dtype=np.uint64, ndmin=1)  # a copy: mixed in place
     x += np.uint64(1)
     x *= _GAMMA
-    x = np.add(x, state, out=x) if x.shape == np.shape(state) else x + state
-    shifted = x >> _S30
-    x ^= shifted
+    x = x + state
+    x ^= x >> _S30
     x *= _MIX1
-    np.right_shift(x, _S27, out=shifted)
-    x ^= shifted
+    x ^= x >> _S27
     x *= _MIX2
-    np.right_shift(x, _S31, out=shifted)
-    x ^= shifted
+    x ^= x >> _S31
     return x
 
 

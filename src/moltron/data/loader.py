@@ -10,6 +10,7 @@ devices and optimizers.
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
 from collections.abc import Iterator
@@ -87,19 +88,28 @@ class BatchLoader(IterableDataset):
         if get_worker_info() is not None:  # in a worker: the steps that are its own
             yield from self.steps()
             return
-        steps = iter(
-            DataLoader(
-                self,
-                batch_size=None,
-                num_workers=self.workers,
-                prefetch_factor=self.depth if self.workers else None,
-                pin_memory=self.pin,
-                multiprocessing_context="fork" if self.workers else None,
-                worker_init_fn=_leave_signals_to_the_trainer,
-            )
-            if self.workers
-            else (step.pin_memory() if self.pin else step for step in self.steps())
+        if not self.workers:
+            yield from self._timed(step.pin_memory() if self.pin else step for step in self.steps())
+            return
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=self.depth,
+            pin_memory=self.pin,
+            multiprocessing_context="fork",
+            worker_init_fn=_leave_signals_to_the_trainer,
         )
+        steps: Any = iter(loader)
+        # a process that ends with this generator unfinished, e.g. by an error, would send its workers SIGTERM and wait
+        atexit.register(steps._shutdown_workers)
+        try:
+            yield from self._timed(steps)
+        finally:
+            atexit.unregister(steps._shutdown_workers)
+            steps._shutdown_workers()
+
+    def _timed(self, steps: Iterator[Step]) -> Iterator[Step]:
         while True:
             begin = time.perf_counter()
             step = next(steps, None)

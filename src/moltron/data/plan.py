@@ -93,16 +93,8 @@ class BatchPlan:
         self.clusters = store.clusters if clusters else None
         self.num_items = len(store) if self.clusters is None else len(self.clusters.count)  # records or clusters
         self.num_windows = -(-self.num_items // window)
-        identity = (
-            store.fingerprint,
-            tokens,
-            max_length,
-            num_specials,
-            window,
-            seed,
-            self.clusters is not None,
-            shuffle,
-        )
+        drawn = self.clusters is not None
+        identity = (store.fingerprint, tokens, max_length, num_specials, window, seed, drawn, shuffle)
         self.fingerprint = sha256(repr(identity).encode()).hexdigest()[:16]
 
     @classmethod

@@ -17,27 +17,27 @@ import io
 import lzma
 import re
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import chain, product
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import zstandard
-from Bio.SeqIO.FastaIO import SimpleFastaParser
-from xopen import xopen
+from isal import isal_zlib
 
 FASTA = (".fasta", ".fa", ".faa", ".fas")
 TABLES = (".csv", ".tsv", ".txt")
 SMILES = (".smi", ".smiles")
+KNOWN = (*TABLES, *FASTA, *SMILES)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
-_FRAMES: dict[str, Callable[[], Any]] = {
-    "bz2": bz2.BZ2Decompressor,
-    "xz": lzma.LZMADecompressor,
-    "zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+_FRAMES: dict[bytes, Callable[[], Any]] = {  # by the first bytes of a file
+    b"\x1f\x8b": lambda: isal_zlib.decompressobj(31),  # 31: gzip's header and checksum
+    b"BZh": bz2.BZ2Decompressor,
+    b"\xfd7zXZ\x00": lzma.LZMADecompressor,
+    b"\x28\xb5\x2f\xfd": lambda: zstandard.ZstdDecompressor().decompressobj(),
 }
-_RANGE = re.compile(r"\[(\d+)\.\.(\d+)\]|\((\d+)\.\.(\d+)\)|<(\d+)\.\.(\d+)>|_OP_(\d+)\.\.(\d+)_CL_")
+_RANGE = re.compile(r"(?:[\[(<]|_OP_)(\d+)\.\.(\d+)(?:[\])>]|_CL_)")
 
 
 class Record(NamedTuple):
@@ -77,39 +77,37 @@ def expand_inputs(path: str | Path) -> list[str]:
     if path == "-":
         return [path]
     if Path(path).is_dir():
-        known = (*FASTA, *TABLES, *SMILES)
-        files = sorted(str(p) for p in Path(path).iterdir() if p.is_file() and _suffix(p.name) in known)
+        files = sorted(str(p) for p in Path(path).iterdir() if p.is_file() and _suffix(p.name) in KNOWN)
         if not files:
-            raise ValueError(f"{path} is a folder without any {', '.join(known)} file (or such a file compressed)")
+            raise ValueError(f"{path} is a folder without any {', '.join(KNOWN)} file (or such a file compressed)")
         return files
     names = [path] if Path(path).exists() else _fill_ranges(path)
-    found = [_with_extension(name) for name in names]
-    missing = [name for name, file in zip(names, found) if file is None]
+    found = {name: _with_extension(name) for name in names}
+    missing = [name for name, file in found.items() if file is None]
     if missing:
         which = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         of = f"{len(missing)} of the {len(names)} files of {path} are missing" if len(names) > 1 else "no such file"
         raise ValueError(f"{of}: {which} (also tried: .csv, .fasta and their like, compressed or not)")
-    return [file for file in found if file is not None]
+    return [file for file in found.values() if file is not None]
 
 
 def _fill_ranges(path: str) -> list[str]:
-    pieces, choices, end = [], [], 0
-    for match in _RANGE.finditer(path):
-        first, last = (group for group in match.groups() if group is not None)
-        if int(first) > int(last):
-            raise ValueError(f"{path}: the range {match.group()} runs backwards")
-        pieces.append(path[end : match.start()])
-        choices.append([str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)])
-        end = match.end()
-    return ["".join(chain(*zip(pieces, numbers), [path[end:]])) for numbers in product(*choices)]
+    match = _RANGE.search(path)
+    if not match:
+        return [path]
+    first, last = match.groups()
+    if int(first) > int(last):
+        raise ValueError(f"{path}: the range {match.group()} runs backwards")
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    rests = _fill_ranges(path[match.end() :])
+    return [path[: match.start()] + number + rest for number in numbers for rest in rests]
 
 
 def _with_extension(name: str) -> str | None:
     if Path(name).exists():
         return name
-    known = (*TABLES, *FASTA, *SMILES)
-    found = [name + suffix + packed for suffix in known for packed in ("", *COMPRESSED)]
-    found = [file for file in found if Path(file).is_file()]
+    tried = [name + suffix + packed for suffix in KNOWN for packed in ("", *COMPRESSED)]
+    found = [file for file in tried if Path(file).is_file()]
     if len(found) > 1:
         raise ValueError(f"{name} could be {' or '.join(found)}: write the extension too")
     return found[0] if found else None
@@ -126,42 +124,37 @@ def _suffix(name: str) -> str:
 class Source:
     """One open input: `kind` "protein" or "molecule"; while it is read, `line` and `bytes_read` (compressed ones) grow.
 
-    plain: only lines() and rows() will be used. After the last record, `sha256` is the hash of the whole file.
+    plain: only lines() and rows() will be used.
     """
 
     def __init__(
         self, path: str, id_column: str | None = None, sequence_column: str | None = None, plain: bool = False
     ) -> None:
         self.path = path
-        self.size = None if path == "-" else Path(path).stat().st_size
-        self._stem = Path(path).name.split(".")[0]
-        self.line = 0
-        self.num_records = 0
-        self._columns = (id_column, sequence_column)
-        self._tee = _Tee(sys.stdin.buffer if path == "-" else open(path, "rb"))  # noqa: SIM115
-        self._binary = _decompress(io.BufferedReader(self._tee, 1 << 20))
+        self.line = self.num_records = 0
+        self._file = _File(path)
         try:
-            self.format = "lines" if plain else self._find_format()
+            binary = io.BufferedReader(self._file, 1 << 20)
+            self.format = "lines" if plain else self._find_format(binary)
             # csv wants its line ends as they are: a quoted cell may hold some
             newline = "" if self.format == "table" else None
-            self._text = io.TextIOWrapper(self._binary, "utf-8-sig", "surrogateescape", newline)
-            self._lines = self.lines()
+            self._text = io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline)
             self.kind = "molecule" if self.format == "smiles" else "protein"
             if self.format == "table":
-                self._open_table()
+                self._open_table(id_column, sequence_column)
         except BaseException:
-            self.close()
+            self._file.close()
             raise
 
     @property
     def bytes_read(self) -> int:
-        return self._tee.count
+        return self._file.count
 
-    @property
-    def sha256(self) -> str:
-        while self._tee.read(1 << 20):  # what a decompressor left unread, e.g. padding
-            pass
-        return self._tee.digest.hexdigest()
+    def describe(self, records: int | None = None) -> dict[str, Any]:
+        """The manifest's entry of a file, after its last line; records: None, those that were not rejected."""
+        sha256 = self._file.sha256()  # first, for it reads what is left
+        records = self.num_records if records is None else records
+        return {"path": self.path, "bytes": self.bytes_read, "sha256": sha256, "records": records}
 
     def records(self) -> Iterator[Record | Reject]:
         parse = {"fasta": self._read_fasta, "table": self._read_table, "smiles": self._read_smiles}[self.format]
@@ -180,26 +173,30 @@ class Source:
 
     def lines(self) -> Iterator[str]:
         """Raises: ValueError with what was read so far where the file is truncated or damaged."""
-        try:
+        with self._damage_is_named():
             for line in self._text:
                 self.line += 1
                 yield line
-        except Exception as error:  # each decompressor has errors of its own
-            raise self._damage(error) from error
 
-    def _damage(self, error: Exception) -> ValueError:
-        return ValueError(
-            f"{self.path} is truncated or damaged: reading stopped after line {self.line}, {self.num_records} records "
-            f"({type(error).__name__}: {error}); get the file again"
-        )
+    @contextmanager
+    def _damage_is_named(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError:
+            raise
+        except Exception as error:  # each decompressor has errors of its own
+            raise ValueError(
+                f"{self.path} is truncated or damaged: reading stopped after line {self.line}, {self.num_records} "
+                f"records ({type(error).__name__}: {error}); get the file again"
+            ) from error
 
     def rows(
         self, delimiter: str, quoted: bool = True, lines: Iterator[str] | None = None
     ) -> Iterator[tuple[int, list[str]]]:
-        """(line, cells) of a table, blank lines left out."""
+        """(line, cells) of a table, blank lines left out. lines: instead of lines(), e.g. with a first one put back."""
         csv.field_size_limit(1 << 30)  # the default stops at 128 KiB; titin and cluster members are longer
         quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        reader = csv.reader(lines or self._lines, delimiter=delimiter, strict=True, quoting=quoting)
+        reader = csv.reader(lines or self.lines(), delimiter=delimiter, strict=True, quoting=quoting)
         before = 0
         try:
             for row in reader:
@@ -209,24 +206,19 @@ class Source:
         except csv.Error as error:
             raise ValueError(f"{self.path}, line {before + 1}: not a table row ({error}): mend its quotes") from error
 
-    def close(self) -> None:
-        self._tee.close()
-
     def __enter__(self) -> Source:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._file.close()
 
-    def _find_format(self) -> str:
+    def _find_format(self, binary: io.BufferedReader) -> str:
         suffix = _suffix(self.path)
         for name, suffixes in (("fasta", FASTA), ("table", TABLES), ("smiles", SMILES)):
             if suffix in suffixes:
                 return name
-        try:
-            start = self._binary.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
-        except Exception as error:
-            raise ValueError(f"{self.path} is truncated or damaged: {error}") from error
+        with self._damage_is_named():
+            start = binary.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
         if start.startswith(b">"):
             return "fasta"
         if b"," in start or b"\t" in start:
@@ -236,50 +228,41 @@ class Source:
         )
 
     def _read_fasta(self) -> Iterator[Record | Reject]:
-        headers: deque[int] = deque()
-        junk = None
-
-        def lines() -> Iterator[str]:  # like self.lines(), which would cost a tenth of the time of preparing
-            nonlocal junk
-            began = False
-            try:
-                for number, line in enumerate(self._text, 1):
-                    self.line = number
-                    if line[0] == ">":
-                        began = True
-                        headers.append(number)
-                    elif not began:
-                        junk = junk or (number if line.strip() else None)
-                    elif " " in line:
-                        line = line.replace(" ", "\t")  # the parser would remove blanks before they can be counted
-                    yield line
-            except Exception as error:
-                raise self._damage(error) from error
-
-        title = None
-        for title, sequence in SimpleFastaParser(lines()):
-            if junk:
-                yield Reject("", "text before the first header", self.path, junk)
-                junk = None
-            words = title.split(None, 1)
-            yield Record(words[0] if words else "", _bytes(sequence), self.path, headers.popleft())
-        if title is None:
+        """A record runs from its `>` to the next one's; what stands before the first is one reject."""
+        header, start, parts, junk = None, 0, [], 0
+        with self._damage_is_named():
+            for number, line in enumerate(self._text, 1):  # not lines(): a tenth of the time of preparing
+                if line[0] != ">":
+                    parts.append(line[:-1] if line[-1] == "\n" else line)
+                    if header is None and not junk and line.strip():
+                        junk = number
+                    continue
+                self.line = number
+                if header is not None:
+                    yield self._fasta_record(header, parts, start)
+                elif junk:
+                    yield Reject("", "text before the first header", self.path, junk)
+                header, start, parts = line, number, []
+        if header is None:
             where = f"line {junk} is text, but" if junk else "it is empty:"
             raise ValueError(f"{self.path} is not FASTA: {where} no line starts with `>`")
+        yield self._fasta_record(header, parts, start)
 
-    def _open_table(self) -> None:
-        header = next(self._lines, "")
+    def _fasta_record(self, header: str, parts: list[str], line: int) -> Record:
+        words = header[1:].split(None, 1)
+        return Record(words[0] if words else "", _bytes("".join(parts)), self.path, line)
+
+    def _open_table(self, id_column: str | None, sequence_column: str | None) -> None:
+        """Reads the header line: which columns hold ids (None: none does) and sequences."""
+        lines = self.lines()
+        header = next(lines, "")
         if not header.strip():
             raise ValueError(f"{self.path} is empty: its first line must name the columns")
-        self._rows = self.rows(
-            "\t" if header.count("\t") > header.count(",") else ",", lines=chain([header], self._lines)
-        )
-        _, names = next(self._rows)
-        names = [name.strip() for name in names]
+        self._rows = self.rows("\t" if header.count("\t") > header.count(",") else ",", lines=chain([header], lines))
+        names = [name.strip() for name in next(self._rows)[1]]
         lower = [name.lower() for name in names]
-        id_column, sequence_column = self._columns
-        for wanted in filter(None, self._columns):
-            if wanted not in names:
+        for wanted in (id_column, sequence_column):
+            if wanted and wanted not in names:
                 raise ValueError(f"{self.path} has no column {wanted!r}; it has {', '.join(names)}")
         if sequence_column:
             sequence = names.index(sequence_column)
@@ -293,11 +276,9 @@ class Source:
             raise ValueError(
                 f"{self.path}, line 1: a sequence where the names of the columns are expected: add a header"
             )
-        if id_column:
-            self._id: int | None = names.index(id_column)
-        else:
-            named = [i for i, name in enumerate(lower) if name == "id" or name.endswith("_id")]
-            self._id = next((i for i in [*named, 0] if i != sequence), None)
+        ids = [i for i, name in enumerate(lower) if name == "id" or name.endswith("_id")]
+        chosen = [names.index(id_column)] if id_column else [i for i in (*ids, 0) if i != sequence]
+        self._id = chosen[0] if chosen else None
         self._sequence = sequence
         if lower[sequence] == "smiles":
             self.kind = "molecule"
@@ -312,73 +293,62 @@ class Source:
             yield Record(name, _bytes(row[self._sequence]), self.path, line)
 
     def _read_smiles(self) -> Iterator[Record | Reject]:
-        for line in self._lines:
+        for line in self.lines():
             words = line.split(None, 1)
             if words and not (self.line == 1 and words[0].lower() == "smiles"):
                 name = words[1].strip() if len(words) > 1 else self._made_id(self.line)
                 yield Record(name, _bytes(words[0]), self.path, self.line)
 
     def _made_id(self, line: int) -> str:
-        return f"{self._stem}:{line}"
+        return f"{Path(self.path).name.split('.')[0]}:{line}"
 
 
 def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-class _Tee(io.RawIOBase):
-    """Passes a file on, hashing and counting it: so that a file is read once."""
+class _File(io.RawIOBase):
+    """A file or standard input as if it were not compressed; hashed and counted as it is, so that it is read once.
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw = raw
-        self.digest = hashlib.sha256()
-        self.count = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self._raw.readinto(buffer) or 0  # type: ignore[attr-defined]
-        self.digest.update(memoryview(buffer)[:count])
-        self.count += count
-        return count
-
-    def close(self) -> None:
-        if self._raw is not sys.stdin.buffer:
-            self._raw.close()
-        super().close()
-
-
-class _Frames(io.RawIOBase):
-    """Decompresses bzip2, xz or zstd frames in a row, and knows when a file ends inside one.
-
-    zstandard's own reader takes a truncated file for a short one, bz2's and lzma's ignore a damaged second frame.
+    Frames (gzip's members, bzip2's and xz's streams) may follow each other. The libraries' own file objects will not
+    do: zstandard's takes a truncated file for a short one, lzma's and bz2's take a damaged next frame for the end.
     """
 
-    def __init__(self, source: io.BufferedReader, make: Callable[[], Any]) -> None:
-        self._source = source
-        self._make = make
-        self._frame = None
-        self._rest = b""
-        self._ready = b""
+    def __init__(self, path: str) -> None:
+        self._file = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
+        self._digest = hashlib.sha256()
+        self.count = 0
+        self._rest = self._take()  # read, not decompressed
+        self._ready = memoryview(b"")  # decompressed, not asked for yet
+        self._make = next((make for magic, make in _FRAMES.items() if self._rest.startswith(magic)), None)
+        self._frame: Any = None
+
+    def sha256(self) -> str:
+        """Of the whole file; reads what is left of it, e.g. padding."""
+        while self._take():
+            pass
+        return self._digest.hexdigest()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            chunk = self._rest or self._source.read1(1 << 16)
+            chunk = self._rest or self._take()
             self._rest = b""
             if not chunk:
                 if self._frame is not None:
                     raise EOFError("the file ends inside a compressed frame")
                 return 0
+            if self._make is None:
+                self._ready = memoryview(chunk)
+                break
             if self._frame is None:
-                chunk = chunk.lstrip(b"\0")  # padding between xz frames
+                chunk = chunk.lstrip(b"\0")  # padding between frames
                 if not chunk:
                     continue
                 self._frame = self._make()
-            self._ready = self._frame.decompress(chunk)
+            self._ready = memoryview(self._frame.decompress(chunk))
             if self._frame.eof:
                 self._rest, self._frame = self._frame.unused_data, None
         count = min(len(buffer), len(self._ready))
@@ -386,14 +356,13 @@ class _Frames(io.RawIOBase):
         self._ready = self._ready[count:]
         return count
 
+    def _take(self) -> bytes:
+        chunk = self._file.read(1 << 16)
+        self._digest.update(chunk)
+        self.count += len(chunk)
+        return chunk
 
-def _decompress(source: io.BufferedReader) -> io.BufferedReader:
-    start = source.peek(6)
-    packing = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
-    if packing is None:
-        return source
-    if packing == "gz":  # threads=0: in this process, where a truncated file is an error and not a helper's exit code
-        raw: Any = xopen(source, "rb", threads=0, format="gz")
-    else:
-        raw = _Frames(source, _FRAMES[packing])
-    return io.BufferedReader(raw, 1 << 20)
+    def close(self) -> None:
+        if self._file is not sys.stdin.buffer:
+            self._file.close()
+        super().close()

@@ -3,8 +3,8 @@
     DIR/manifest.json                        counts, settings, the SHA-256 of every file below
     DIR/train.arrow                          columns id, sequence (plain strings: pandas, polars and duckdb read it)
     DIR/train.clusters.{start,count,order}.npy    where there are clusters
-    DIR/train.<sha>.{starts,lengths}.npy     index: where each sequence lies in the file; beside it or in cache_dir
-    DIR/train.stamp.json                     size and time of the files whose hash was seen to be right
+    DIR/train.<sha>.{starts,lengths}.npy     index: where each sequence lies in the file; here or in cache_dir
+    DIR/train.stamp.json                     size and time of the files whose hash was seen to be right; likewise
 
     Store.open ──hash──> map ──> gather(rows, starts, lengths) -> letters
 
@@ -27,49 +27,35 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from moltron.common.manifest import read_json, sha256_file, write_json
+from moltron.common.manifest import fsync, read_json, sha256_file, write_json
 
 MANIFEST = "manifest.json"
-BATCH_BYTES = 8 << 20  # letters in one record batch
-CLUSTER_PARTS = ("start", "count", "order")
-
-
-def schema(alphabet: str) -> pa.Schema:
-    fields = [pa.field("id", pa.string(), nullable=False), pa.field("sequence", pa.string(), nullable=False)]
-    return pa.schema(fields, metadata={"moltron.alphabet": alphabet})
 
 
 class StoreWriter:
     """Writes one .arrow file, batch by batch. The manifest and index come from `describe` and from opening it."""
 
     def __init__(self, path: str | Path, alphabet: str = "protein") -> None:
-        self.path = Path(path)
-        self._schema = schema(alphabet)
+        fields = [pa.field(name, pa.string(), nullable=False) for name in ("id", "sequence")]
+        self._schema = pa.schema(fields, metadata={"moltron.alphabet": alphabet})
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, self._schema)
 
-    def add(self, ids: Iterable[str], sequences: Iterable[bytes | str]) -> None:
+    def add(self, ids: Iterable[str] | pa.Array, sequences: Iterable[bytes | str] | pa.Array) -> None:
         """One record batch: at most 2 GiB of letters, some MB are best."""
-        self.add_columns(pa.array(ids, pa.string()), pa.array(sequences, pa.string()))
-
-    def add_columns(self, ids: pa.Array, sequences: pa.Array) -> None:
         self._writer.write_batch(pa.record_batch([ids, sequences], schema=self._schema))
-
-    def close(self) -> None:
-        self._writer.close()
-        self._file.close()  # the writer leaves it open
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._writer.close()
+        self._file.close()  # the writer leaves it open
 
 
 def describe(path: str | Path) -> dict[str, Any]:
     """The manifest's entry of one finished split: {file: {"bytes", "sha256"}} of the .arrow and its cluster files."""
-    path = Path(path)
-    files = [path, *(file for file in _cluster_files(path) if file.is_file())]
+    files = [Path(path), *(file for file in _cluster_files(Path(path)) if file.is_file())]
     return {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files}
 
 
@@ -86,8 +72,12 @@ class Clusters:
 
     def save(self, path: str | Path) -> None:
         """Beside the .arrow file `path`."""
-        for part, file in zip(CLUSTER_PARTS, _cluster_files(Path(path))):
-            np.save(file, getattr(self, part))
+        for file, part in zip(_cluster_files(Path(path)), (self.start, self.count, self.order)):
+            np.save(file, part)
+
+
+def _cluster_files(path: Path) -> list[Path]:
+    return [path.with_name(f"{path.stem}.clusters.{part}.npy") for part in ("start", "count", "order")]
 
 
 class Store:
@@ -99,10 +89,10 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path, cache_dir: str | Path | None = None, verify: bool = False) -> Store:
-        """path: the .arrow file; cache_dir: where index and stamp go if its folder cannot be written to.
+        """path: the .arrow file; cache_dir: where index and stamp are instead of beside it, e.g. for read-only data.
 
         Raises: ValueError where there is no such file, its content is not the manifest's, it is not a file of ours,
-        or its index can be written nowhere.
+        or its index cannot be written.
         """
         return cls(Path(path), None if cache_dir is None else Path(cache_dir), verify)
 
@@ -111,24 +101,27 @@ class Store:
             there = sorted(p.name for p in path.parent.glob("*.arrow")) if path.parent.is_dir() else []
             raise ValueError(f"{path} does not exist: {path.parent} has {', '.join(there) or 'no .arrow files'}")
         self.path = path
-        homes = [path.parent, *([cache_dir] if cache_dir else [])]
-        trust = _Trust(path, homes)
+        trust = _Trust(path, cache_dir)
         self.fingerprint = trust.sha256(path, verify)
-        self._map = pa.memory_map(str(path))
-        view = self._map.read_buffer(self._map.size())
-        self._view = memoryview(view)
+        source = pa.memory_map(str(path))
+        whole = source.read_buffer(source.size())
+        self._view = memoryview(whole)
         try:
-            reader = pa.ipc.open_file(self._map)
+            reader = pa.ipc.open_file(source)
             self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path} is not a whole, uncompressed Arrow file ({error}): prepare it again") from error
-        self._check_columns(reader.schema)
-        self.alphabet = (reader.schema.metadata or {}).get(b"moltron.alphabet", b"protein").decode()
-        self._first = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self._starts, self.lengths = self._open_index(homes, trust, view.address)
+        columns = reader.schema
+        if columns.names[:2] != ["id", "sequence"] or any(columns.field(i).type != pa.string() for i in (0, 1)):
+            raise ValueError(f"{path}: expected string columns id, sequence, found {columns.names}: prepare it again")
+        if any(batch.column(i).null_count for batch in self._batches for i in (0, 1)):
+            raise ValueError(f"{path} has empty (null) cells: prepare it again")
+        self.alphabet = (columns.metadata or {}).get(b"moltron.alphabet", b"protein").decode()
+        self._first = np.cumsum([0, *(batch.num_rows for batch in self._batches)])  # row of each batch, and their end
+        self._starts, self.lengths = self._open_index(cache_dir or path.parent, trust, whole.address)
         self.clusters = None
         files = _cluster_files(path)
-        if any(file.is_file() for file in files) or trust.expects(files[0]):
+        if files[0].name in trust.expected or any(file.is_file() for file in files):
             for file in files:
                 trust.sha256(file, verify)
             self.clusters = Clusters(*(np.load(file, mmap_mode="r") for file in files))
@@ -141,11 +134,7 @@ class Store:
         rows = np.asarray(rows, dtype=np.int64)
         self._check_rows(rows)
         batch = np.searchsorted(self._first, rows, side="right") - 1
-        result = np.empty(len(rows), dtype=object)
-        for index in np.unique(batch):
-            here = batch == index
-            result[here] = self._batches[index].column(0).take(pa.array(rows[here] - self._first[index])).to_pylist()
-        return result.tolist()
+        return [self._batches[b].column(0)[row].as_py() for b, row in zip(batch, (rows - self._first[batch]).tolist())]
 
     def gather(self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Letters `starts[i] … starts[i] + lengths[i]` of record `rows[i]`, one after the other -> (Σ lengths,) uint8.
@@ -168,116 +157,90 @@ class Store:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"{self.path} has rows 0 … {len(self) - 1}, not {rows.min()} … {rows.max()}")
 
-    def _check_columns(self, found: pa.Schema) -> None:
-        if found.names[:2] != ["id", "sequence"] or any(found.field(i).type != pa.string() for i in (0, 1)):
-            raise ValueError(
-                f"{self.path}: expected string columns id, sequence, found {found.names}: prepare it again"
-            )
-        if any(batch.column(i).null_count for batch in self._batches for i in (0, 1)):
-            raise ValueError(f"{self.path} has empty (null) cells: prepare it again")
-
-    def _open_index(self, homes: list[Path], trust: _Trust, base: int) -> tuple[np.ndarray, np.ndarray]:
+    def _open_index(self, home: Path, trust: _Trust, base: int) -> tuple[np.ndarray, np.ndarray]:
         """-> starts (N,) int64, bytes from the file's beginning, and lengths (N,) int32; built where there is none."""
-        names = [f"{self.path.stem}.{self.fingerprint[:16]}.{part}.npy" for part in ("starts", "lengths")]
-        problems = []
-        for home in homes:
-            files = [home / name for name in names]
-            index = self._load_index(files)
-            if index is not None and (all(map(trust.knows, files)) or self._is_right(index, base)):
-                return index
+        files = [home / f"{self.path.stem}.{self.fingerprint[:16]}.{part}.npy" for part in ("starts", "lengths")]
+        index = self._load_index(files)
+        if index is None or not (all(map(trust.knows, files)) or self._is_right(index, base)):
             try:
                 self._build_index(files, base)
             except OSError as error:
-                problems.append(f"{home}: {error.strerror}")
-                continue
-            for file in files:
-                trust.note(file)
+                problem = f"it cannot be written ({home}: {error.strerror})"
+                raise ValueError(f"{self.path} needs an index and {problem}: set cache_dir") from error
             index = self._load_index(files)
             assert index is not None
-            return index
-        raise ValueError(
-            f"{self.path} needs an index and it can be written nowhere ({'; '.join(problems)}): set cache_dir"
-        )
+        for file in files:
+            trust.note(file)
+        return index
 
     def _load_index(self, files: list[Path]) -> tuple[np.ndarray, np.ndarray] | None:
-        try:
+        try:  # a memory map cannot be empty
             starts, lengths = (np.load(file, mmap_mode="r" if len(self) else None) for file in files)
         except (OSError, ValueError):
             return None
         return (starts, lengths) if starts.shape == lengths.shape == (len(self),) else None
 
-    def _spans(self, base: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """A record batch at a time: its rows, where they start in the file, their lengths."""
-        for first, batch in zip(self._first, self._batches):
-            column = batch.column(1)
-            if not len(column):
-                continue
-            _, offsets, letters = column.buffers()
-            place = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1].astype(np.int64)
+    def _spans(self, base: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each record batch: where its sequences start in the file (int64), their lengths (int32)."""
+        for batch in self._batches:
+            _, offsets, letters = batch.column(1).buffers()
+            place = np.frombuffer(offsets, np.int32, batch.num_rows + 1) if batch.num_rows else np.zeros(1, np.int32)
             address = letters.address if letters is not None and letters.size else base
             if not base <= address <= base + len(self._view):
                 raise ValueError(f"{self.path} is compressed: prepare it again, or write it without compression")
-            yield slice(first, first + len(column)), place[:-1] + (address - base), np.diff(place).astype(np.int32)
+            yield place[:-1] + np.int64(address - base), np.diff(place)
 
     def _is_right(self, index: tuple[np.ndarray, np.ndarray], base: int) -> bool:
-        spans = self._spans(base)
-        return all(np.array_equal(index[0][r], s) and np.array_equal(index[1][r], n) for r, s, n in spans)
+        return all(
+            np.array_equal(stored[first : first + len(found)], found)
+            for first, spans in zip(self._first, self._spans(base))
+            for stored, found in zip(index, spans)
+        )
 
     def _build_index(self, files: list[Path], base: int) -> None:
         files[0].parent.mkdir(parents=True, exist_ok=True)
-        partial = [file.with_name(f"{file.name}.partial-{os.getpid()}") for file in files]
-        if len(self):
-            make = np.lib.format.open_memmap
-            starts, lengths = (make(f, "w+", kind, (len(self),)) for f, kind in zip(partial, (np.int64, np.int32)))
-            for rows, begins, sizes in self._spans(base):
-                starts[rows], lengths[rows] = begins, sizes
-            starts.flush()
-            lengths.flush()
-        else:  # a memory map cannot be empty
-            for file in partial:
-                with open(file, "wb") as handle:
-                    np.save(handle, np.empty(0, np.int64))
-        for file, final in zip(partial, files):
-            os.replace(file, final)
+        for part, (file, kind) in enumerate(zip(files, ("<i8", "<i4"))):
+            partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
+            with open(partial, "wb") as handle:
+                header = {"descr": kind, "fortran_order": False, "shape": (len(self),)}
+                np.lib.format.write_array_header_1_0(handle, header)
+                for spans in self._spans(base):
+                    handle.write(spans[part].astype(kind, copy=False).data)
+            fsync(partial)
+            os.replace(partial, file)
 
 
 class _Trust:
     """Says what a file's hash is, hashing only where no stamp knows the file as it now is."""
 
-    def __init__(self, path: Path, homes: list[Path]) -> None:
+    def __init__(self, path: Path, cache_dir: Path | None) -> None:
         manifest = path.parent / MANIFEST
         splits = read_json(manifest).get("splits", {}) if manifest.is_file() else {}
-        self._expected = splits.get(path.stem, {}).get("files", {})
-        # one cache folder may serve many stores: there the stamp's name holds the store's place
-        place = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
-        names = [f"{path.stem}.stamp.json", *[f"{path.stem}.{place}.stamp.json"] * (len(homes) - 1)]
-        self._stamps = [home / name for home, name in zip(homes, names)]
-        self._known: list[dict[str, Any]] = []  # {file name: [bytes, time of change, SHA-256]}, one a stamp
-        for stamp in self._stamps:
-            try:
-                self._known.append(read_json(stamp))
-            except (OSError, ValueError):
-                continue  # without a stamp, or with a damaged one, the file is hashed
-        self._new: dict[str, Any] = {}
+        files = splits.get(path.stem, {}).get("files", {})
+        self.expected = {name: entry["sha256"] for name, entry in files.items()}
+        self._stamp = path.with_name(f"{path.stem}.stamp.json")
+        if cache_dir:  # may serve many stores: the stamp's name holds the store's place
+            place = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
+            self._stamp = cache_dir / f"{path.stem}.{place}.stamp.json"
+        try:
+            self._known = read_json(self._stamp)  # {file name: [bytes, time of change, SHA-256]}
+        except (OSError, ValueError):
+            self._known = {}  # without a stamp, or with a damaged one, all is hashed
+        self._before = dict(self._known)
 
-    def expects(self, file: Path) -> bool:
-        return file.name in self._expected
-
-    def knows(self, file: Path) -> list[Any] | None:
-        state = _state(file)
-        return next((k[file.name] for k in self._known if k.get(file.name, [])[:2] == state), None)
+    def knows(self, file: Path) -> bool:
+        return self._known.get(file.name, [])[:2] == _state(file)
 
     def note(self, file: Path, sha256: str | None = None) -> None:
-        self._new[file.name] = [*_state(file), sha256]
+        self._known[file.name] = [*_state(file), sha256]
 
     def sha256(self, file: Path, verify: bool) -> str:
         if not file.is_file():
             raise ValueError(f"{file} is missing, {file.parent / MANIFEST} names it: copy or prepare it again")
-        expected = self._expected.get(file.name, {}).get("sha256")
-        known = self.knows(file)
-        if known and not verify and expected in (None, known[2]):
-            return known[2]
-        found = sha256_file(file)
+        found = self._known[file.name][2] if self.knows(file) and not verify else None
+        expected = self.expected.get(file.name, found)
+        if found is None or found != expected:
+            found = sha256_file(file)
         if expected not in (None, found):
             raise ValueError(
                 f"{file} is not what {file.parent / MANIFEST} describes (SHA-256 {found[:16]}… instead of "
@@ -287,18 +250,13 @@ class _Trust:
         return found
 
     def save(self) -> None:
-        for stamp in self._stamps if self._new else []:
+        if self._known != self._before:
             try:
-                stamp.parent.mkdir(parents=True, exist_ok=True)
-                write_json(stamp, {**(self._known[0] if self._known else {}), **self._new})
+                self._stamp.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self._stamp, self._known)
             except OSError:
-                continue  # read-only: the next home; with none, every opening hashes again
-            break
+                pass  # read-only: every opening hashes again
 
 
 def _state(file: Path) -> list[int]:
     return [file.stat().st_size, file.stat().st_mtime_ns]
-
-
-def _cluster_files(path: Path) -> list[Path]:
-    return [path.with_name(f"{path.stem}.clusters.{part}.npy") for part in CLUSTER_PARTS]

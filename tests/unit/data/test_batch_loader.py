@@ -2,6 +2,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
@@ -136,6 +138,22 @@ def test_breaking_off_ends_the_workers_and_a_jobs_sigterm_does_not(store):
     steps.close()
     worker.join(timeout=20)
     assert not worker.is_alive()
+
+
+def test_a_process_ends_though_its_loader_was_never_closed(store):
+    """The workers ignore SIGTERM, by which Python ends them: once it waited for them without end."""
+    program = f"""
+from moltron.data.loader import BatchLoader
+from moltron.data.plan import BatchPlan
+from moltron.data.store import Store
+from moltron.tokenizers import get_tokenizer
+store = Store.open({str(store.path)!r})
+steps = iter(BatchLoader(BatchPlan(store, 512, 128), store, get_tokenizer("esm2"), None, packs=1, workers=1))
+next(steps)
+raise RuntimeError("of the consumer")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("RuntimeError: of the consumer")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

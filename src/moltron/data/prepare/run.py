@@ -3,16 +3,14 @@
     inputs ──Spool (pass 1)──> keys ──read_clusters | read_mapping──decide──> split of each row
     spool.arrow ──pass 2──> {train,val,test}.arrow, *.clusters.*.npy, rejects.tsv ──> manifest.json, lengths.png
 
-Everything is written to a sibling folder that takes its name at the end. In memory: 33 bytes a record (keys of id
-and sequence, role), 64 more for a moment while equal ones are looked for and splits drawn (measured at 10 million:
-1 GB in all); the rest is a few record batches.
-Knows nothing of tokens and of who will read the folder.
+Everything is written to a sibling folder that takes its name at the end. In memory: 17 bytes a record (keys of id
+and sequence, role), some 70 more for a moment while equal ones are looked for and splits drawn; the rest is a few
+record batches. Knows nothing of tokens and of who will read the folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moltron.common.logging import Progress
 from moltron.common.manifest import staged_folder, write_json
 from moltron.config.schema import PrepareConfig
 from moltron.data.prepare.clusters import Assignment, Mapping, read_clusters, read_mapping
@@ -30,7 +27,7 @@ from moltron.data.prepare.report import Statistics, draw_lengths
 from moltron.data.prepare.splits import MEMBER, NAMES, REASONS, TEST, TRAIN, UNUSED, VAL, Decision, decide
 from moltron.data.prepare.spool import Rejects, Spool
 from moltron.data.readers import expand_inputs
-from moltron.data.store import BATCH_BYTES, MANIFEST, Clusters, Store, StoreWriter, describe
+from moltron.data.store import MANIFEST, Clusters, Store, StoreWriter, describe
 
 FORMAT = "moltron-data/1"
 
@@ -40,21 +37,22 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
     Keys of the manifest: format, moltron, kind, settings, sources (path, bytes, sha256, records), records (read, kept,
     rejected, unused), cleaning (letters by change, see tokenizers.clean), rejects (records by reason), splits ({name:
-    files, records, residues, clusters, lengths, alphabet}), clusters (what did not fit), files.
+    files, records, residues, clusters, lengths, alphabet}), clusters (what did not fit).
 
     Raises: ValueError for settings that contradict each other, unreadable input, an existing output, an empty result.
     """
     _check(config)
-    inputs = [(config.input, TRAIN), (config.members, MEMBER), (config.val_input, VAL), (config.test_input, TEST)]
-    named = [(path, role) for path, role in inputs if path is not None]
+    inputs = {TRAIN: config.input, MEMBER: config.members, VAL: config.val_input, TEST: config.test_input}
     with ExitStack() as stack:
         stage = stack.enter_context(staged_folder(config.output, MANIFEST, config.overwrite))
         rejects = stack.enter_context(closing(Rejects(stage / "rejects.tsv")))
-        advance = stack.enter_context(_progress([path for path, _ in named]))
-        spool = Spool(stage / "spool.arrow", config, rejects, advance)
-        with closing(spool):
-            for path, role in named:
-                spool.read(path, role)
+        files = {role: expand_inputs(path) for role, path in inputs.items() if path is not None}
+        sizes = [None if file == "-" else Path(file).stat().st_size for named in files.values() for file in named]
+        total = None if None in sizes else sum(filter(None, sizes)) >> 20
+        progress = Progress("reading, MiB", total)
+        with progress, closing(Spool(stage / "spool.arrow", config, rejects, progress)) as spool:
+            for role, named in files.items():
+                spool.read(named, role)
         if not len(spool):
             raise ValueError(
                 f"{config.input}: none of its {spool.num_read} records can be used: {dict(rejects.counts)}"
@@ -64,18 +62,24 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         statistics = _write(stage, spool, decision, rejects)
         spool.remove()
         rejects.close()
+        kept, unused = int((decision.split >= 0).sum()), int((decision.reason == UNUSED).sum())
+        rejected = spool.num_read - kept - unused
         manifest = {
             "format": FORMAT,
             "moltron": version("moltron"),
             "kind": spool.kind,
             "settings": asdict(config),
             "sources": spool.sources,
-            "records": _count(spool, decision, rejects),
+            "records": {"read": spool.num_read, "kept": kept, "unused": unused, "rejected": rejected},
             "cleaning": dict(spool.cleaning),
             "rejects": dict(rejects.counts.most_common()),
             "splits": {name: _describe(stage, name, s, decision) for name, s in statistics.items()},
-            "clusters": _clusters_summary(table, mapping),
+            "clusters": {},
         }
+        if table is not None:
+            manifest["clusters"]["records_in_no_cluster"] = table.num_alone  # each became a cluster of its own
+        elif mapping is not None:
+            manifest["clusters"]["clusters_not_in_input"] = mapping.num_absent
         draw_lengths(stage / "lengths.png", statistics, spool.kind or "protein")
         write_json(stage / MANIFEST, manifest)
         for name in statistics:  # makes the index, and proves that what was written can be read
@@ -86,14 +90,10 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 def _check(config: PrepareConfig) -> None:
     """Raises: ValueError with every problem."""
     problems = []
-    for name, allowed in {
-        "kind": (None, "protein", "molecule"),
-        "illegal": ("x", "reject"),
-        "duplicates": ("drop", "keep"),
-    }.items():
+    choices = {"kind": (None, "protein", "molecule"), "illegal": ("x", "reject"), "duplicates": ("drop", "keep")}
+    for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
-            choices = ", ".join(str(a) for a in allowed if a)
-            problems.append(f"{name}={getattr(config, name)}: choose from {choices}")
+            problems.append(f"{name}={getattr(config, name)}: choose from {', '.join(filter(None, allowed))}")
     for split in NAMES[1:]:
         size = getattr(config, f"{split}_size")
         if size < 0 or (size > 1 and size != int(size)):
@@ -128,68 +128,28 @@ def _read_clusters(config: PrepareConfig, spool: Spool, rejects: Rejects) -> tup
 
 def _write(stage: Path, spool: Spool, decision: Decision, rejects: Rejects) -> dict[str, Statistics]:
     """Pass 2. -> statistics of the splits that are not empty."""
-    present = [split for split in (TRAIN, VAL, TEST) if (decision.split == split).any()]
-    if TRAIN not in present and VAL not in present and TEST not in present:
+    present = {split: NAMES[split] for split in (TRAIN, VAL, TEST) if (decision.split == split).any()}
+    if not present:
         raise ValueError(f"no record is left: {dict(rejects.counts)}")
-    statistics = {split: Statistics() for split in present}
+    statistics = {name: Statistics() for name in present.values()}
     with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(_Gather(stage / f"{NAMES[split]}.arrow", spool.kind or "protein"))
-            for split in present
-        }
+        alphabet = spool.kind or "protein"
+        writers = {n: stack.enter_context(StoreWriter(stage / f"{n}.arrow", alphabet)) for n in present.values()}
         for rows, source, batch in spool.batches():
             split, reason = decision.split[rows], decision.reason[rows]
             for at in np.flatnonzero((reason > 0) & (reason != UNUSED)):
                 rejects.add(batch[0][at].as_py(), REASONS[int(reason[at])], source, batch[2][at].as_py())
-            for name, writer in writers.items():
-                chosen = batch.filter(pa.array(split == name)).select([0, 1])
-                statistics[name].add(chosen.column(1))
-                writer.add(chosen)
+            for number, name in present.items():
+                chosen = batch.filter(pa.array(split == number))
+                if len(chosen):
+                    statistics[name].add(chosen[1])
+                    writers[name].add(chosen[0], chosen[1])
     if decision.cluster is not None and TRAIN in present:
-        _group(decision.cluster[decision.split == TRAIN]).save(stage / "train.arrow")
-    return {NAMES[split]: s for split, s in statistics.items()}
-
-
-class _Gather:
-    """Joins the pieces of a small split into record batches of a good size."""
-
-    def __init__(self, path: Path, alphabet: str) -> None:
-        self._writer = StoreWriter(path, alphabet)
-        self._pieces: list[pa.RecordBatch] = []
-        self._bytes = 0
-
-    def add(self, piece: pa.RecordBatch) -> None:
-        self._pieces.append(piece)
-        self._bytes += piece.nbytes
-        if self._bytes >= BATCH_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        whole = pa.Table.from_batches(self._pieces).combine_chunks()
-        for batch in whole.to_batches():
-            self._writer.add_columns(batch.column(0), batch.column(1))
-        self._pieces, self._bytes = [], 0
-
-    def __enter__(self) -> _Gather:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pieces:
-            self._flush()
-        self._writer.close()
-
-
-def _group(cluster: np.ndarray) -> Clusters:
-    """(N,) any numbers -> clusters in the order of their numbers, members in the order of their rows."""
-    order = np.argsort(cluster, kind="stable")
-    _, start, count = np.unique(cluster[order], return_index=True, return_counts=True)
-    return Clusters(start, count, order)
-
-
-def _count(spool: Spool, decision: Decision, rejects: Rejects) -> dict[str, int]:
-    kept = int((decision.split >= 0).sum())
-    unused = int((decision.reason == UNUSED).sum())
-    return {"read": spool.num_read, "kept": kept, "unused": unused, "rejected": spool.num_read - kept - unused}
+        cluster = decision.cluster[decision.split == TRAIN]
+        order = np.argsort(cluster, kind="stable")  # clusters by number, members by row
+        _, start, count = np.unique(cluster[order], return_index=True, return_counts=True)
+        Clusters(start, count, order).save(stage / "train.arrow")
+    return statistics
 
 
 def _describe(stage: Path, name: str, statistics: Statistics, decision: Decision) -> dict[str, Any]:
@@ -197,29 +157,3 @@ def _describe(stage: Path, name: str, statistics: Statistics, decision: Decision
     if decision.cluster is not None:
         entry["clusters"] = len(np.unique(decision.cluster[decision.split == NAMES.index(name)]))
     return entry
-
-
-def _clusters_summary(table: Assignment | None, mapping: Mapping | None) -> dict[str, int]:
-    if table is not None:
-        return {"records_in_no_cluster": table.num_alone}  # each became a cluster of its own
-    return {} if mapping is None else {"clusters_not_in_input": mapping.num_absent}
-
-
-@contextmanager
-def _progress(paths: list[str]) -> Iterator[Callable[[int], None]]:
-    """A bar over all inputs' bytes, on standard error if that is a terminal. Yields advance(bytes of the file)."""
-    console = Console(stderr=True)
-    files = [file for path in paths for file in expand_inputs(path)]
-    total = None if "-" in files else sum(Path(file).stat().st_size for file in files)
-    columns = TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=total)
-        done = [0, 0]  # of earlier files, of this one
-
-        def advance(count: int) -> None:
-            if count < done[1]:
-                done[0] += done[1]
-            done[1] = count
-            bar.update(task, completed=sum(done))
-
-        yield advance

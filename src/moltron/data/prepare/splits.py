@@ -46,44 +46,40 @@ def decide(spool: Spool, config: PrepareConfig, table: Assignment | None, mappin
        a mapping val and test get the drawn clusters' UniRef50 sequence and train the other clusters' members.
     4. A sequence that is in test leaves val and train, one that is in val leaves train.
     """
+    role, rows = spool.role, np.arange(len(spool))
+    own, member = role == TRAIN, role == MEMBER
     reason = np.zeros(len(spool), dtype=np.uint8)
-    leader = np.arange(len(spool))
-    reason[first_of_equals(_within(spool.id_keys, spool.role)) != leader] = SAME_ID
-    scope = spool.role
+    reason[first_of_equals(_within(spool.id_keys, role)) != rows] = SAME_ID
+    scope = role.astype(np.int64)
     if mapping is not None:
-        rows = leader.copy()
-        scope = scope.astype(np.int64)
-        is_member = spool.role == MEMBER
-        reason[is_member & (mapping.owner < 0) & (reason == KEPT)] = UNUSED
-        reason[(spool.role == TRAIN) & ~mapping.mapped & (reason == KEPT)] = UNMAPPED
+        reason[member & (mapping.owner < 0) & (reason == KEPT)] = UNUSED
+        reason[own & ~mapping.mapped & (reason == KEPT)] = UNMAPPED
         # each UniRef50 record is a scope of its own: it stands for its cluster, whatever its sequence
-        scope = np.where(is_member, len(rows) + mapping.owner, np.where(spool.role == TRAIN, rows, -1 - scope))
+        scope = np.where(member, len(rows) + mapping.owner, np.where(own, rows, -1 - scope))
     elif table is not None and table.split is not None:
-        scope = scope + 4 * table.split.astype(np.uint8)  # as with files: of equal ones train gives way, not the first
+        scope += 4 * table.split.astype(np.int64)  # as with files: of equal ones train gives way, not the first
     alive = np.flatnonzero(reason == KEPT)
-    if len(alive) == len(leader):  # the usual case, without copies
-        leader = first_of_equals(_within(spool.sequence_keys, scope))
-    else:
-        leader[alive] = alive[first_of_equals(_within(spool.sequence_keys[alive], scope[alive]))]
+    leader = rows.copy()  # the first row with an equal sequence
+    leader[alive] = alive[first_of_equals(_within(spool.sequence_keys[alive], scope[alive]))]
     if config.duplicates == "drop":
-        reason[alive[leader[alive] != alive]] = EQUAL
-    split = spool.role.astype(np.int8)
+        reason[leader != rows] = EQUAL
+    split = role.astype(np.int8)
     if mapping is not None:
         cluster = _split_mapping(spool, config, mapping, split, reason)
     else:
         cluster = _split_units(spool, config, table, leader, split, reason)
-    _drop_leaks(spool.sequence_keys, split, reason)
+    kept = np.flatnonzero(reason == KEPT)
+    leader = first_of_equals(spool.sequence_keys[kept])
+    highest = split[kept]
+    np.maximum.at(highest, leader, split[kept])
+    reason[kept[split[kept] < highest[leader]]] = LEAK
     split[reason != KEPT] = NOWHERE
     return Decision(split, reason, cluster if table is not None or mapping is not None else None)
 
 
 def _within(keys: np.ndarray, scope: np.ndarray) -> np.ndarray:
     """Keys that are equal only within a scope."""
-    if len(scope) == 0 or scope.min() == scope.max():
-        return keys
-    mixed = keys.copy()
-    mixed[:, 0] ^= scope.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return mixed
+    return keys ^ (scope.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _split_units(
@@ -97,20 +93,13 @@ def _split_units(
     """Draws from clusters, or from distinct sequences, of `input`. -> (N,) the unit of each row."""
     unit = leader
     own = np.flatnonzero((spool.role == TRAIN) & (reason == KEPT))
-    keys = spool.id_keys
     if table is not None:
-        keys = table.keys
-        unit[own] = own[first_of_equals(keys[own])]
+        unit[own] = own[first_of_equals(table.keys[own])]
         if table.split is not None:
             split[own] = table.split[own]
             return unit
-    if not config.val_size and not config.test_size:
-        return unit
-    units = own if table is None and config.duplicates == "drop" else np.unique(unit[own])
-    val, test = _draw(keys, units, config, "clusters" if table is not None else "distinct sequences")
-    fate = np.zeros(len(split), dtype=np.int8)
-    fate[val], fate[test] = VAL, TEST
-    split[own] = fate[unit[own]]
+    keys, what = (spool.id_keys, "distinct sequences") if table is None else (table.keys, "clusters")
+    split[own] = _draw(keys, np.unique(unit[own]), config, what)[unit[own]]
     return unit
 
 
@@ -124,9 +113,7 @@ def _split_mapping(
     filled = np.isin(own, owner[members])
     reason[own[~filled]] = EMPTY
     units = own[filled]
-    val, test = _draw(spool.id_keys, units, config, "clusters")
-    fate = np.zeros(len(split), dtype=np.int8)
-    fate[val], fate[test] = VAL, TEST
+    fate = _draw(spool.id_keys, units, config, "clusters")
     split[units] = fate[units]
     reason[units[split[units] == TRAIN]] = UNUSED  # the text to train on is the members'
     reason[members[fate[owner[members]] != TRAIN]] = UNUSED
@@ -134,22 +121,16 @@ def _split_mapping(
     return owner
 
 
-def _draw(keys: np.ndarray, units: np.ndarray, config: PrepareConfig, what: str) -> list[np.ndarray]:
+def _draw(keys: np.ndarray, units: np.ndarray, config: PrepareConfig, what: str) -> np.ndarray:
+    """-> (N,) int8: where the rows in `units` go; TRAIN for all others."""
     sizes = [round(size) if size >= 1 else round(size * len(units)) for size in (config.val_size, config.test_size)]
     if sum(sizes) >= len(units) > 0:
         raise ValueError(
             f"val_size={config.val_size:g}, test_size={config.test_size:g} take {sum(sizes)} of {len(units)} {what}: "
             "nothing is left to train on; make them smaller"
         )
-    return draw(keys, units, config.seed, *sizes)
-
-
-def _drop_leaks(keys: np.ndarray, split: np.ndarray, reason: np.ndarray) -> None:
-    rows = np.flatnonzero(reason == KEPT)
-    kept = split[rows]
-    if len(rows) == 0 or kept.min() == kept.max():
-        return
-    leader = first_of_equals(keys[rows])
-    highest = kept.copy()
-    np.maximum.at(highest, leader, kept)
-    reason[rows[kept < highest[leader]]] = LEAK
+    fate = np.full(len(keys), TRAIN, dtype=np.int8)
+    if sum(sizes):
+        val, test = draw(keys, units, config.seed, *sizes)
+        fate[val], fate[test] = VAL, TEST
+    return fate

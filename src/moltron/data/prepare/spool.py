@@ -1,4 +1,4 @@
-"""Pass 1: every record of every input, cleaned, into one temporary Arrow file; in memory only keys, 33 bytes a record.
+"""Pass 1: every record of every input, cleaned, into one temporary Arrow file; in memory only keys, 17 bytes a record.
 
     Source ──Record──> clean | canonical SMILES ──> spool.arrow (id, sequence, line)
            ──Reject──────────────────────────────> rejects.tsv
@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from moltron.common.logging import Progress
 from moltron.config.schema import PrepareConfig
 from moltron.data.prepare.keys import as_array, key
-from moltron.data.prepare.molecules import Canonicalizer
-from moltron.data.readers import Reject, Source, expand_inputs
-from moltron.data.store import BATCH_BYTES
+from moltron.data.readers import Reject, Source
 from moltron.tokenizers.residues import clean
 
 _SCHEMA = pa.schema([("id", pa.string()), ("sequence", pa.string()), ("line", pa.int64())])
-_BATCH_ROWS = 1 << 16
+_BATCH_ROWS, _BATCH_LETTERS = 1 << 16, 8 << 20  # a record batch is full with either
 
 
 class Rejects:
@@ -46,27 +45,22 @@ class Rejects:
 
 
 class Spool:
-    """Rows 0 … N-1 in the order read. `role` says which input a row came from; see prepare.ROLES."""
+    """Rows 0 … N-1 in the order read. `role` says which input a row came from; see splits."""
 
-    def __init__(self, path: Path, config: PrepareConfig, rejects: Rejects, progress: Callable[[int], None]) -> None:
-        self.sources: list[dict[str, Any]] = []
+    def __init__(self, path: Path, config: PrepareConfig, rejects: Rejects, progress: Progress) -> None:
+        self.sources: list[dict[str, Any]] = []  # for the manifest
         self.cleaning: Counter[str] = Counter()
         self.kind = config.kind
         self.num_read = 0  # rejects included
-        self._config = config
-        self._rejects = rejects
-        self._progress = progress
-        self._path = path
+        self._config, self._rejects, self._progress, self._path = config, rejects, progress, path
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, _SCHEMA)
-        self._batches: list[tuple[int, int]] = []  # rows and source of each record batch
-        self._ids = bytearray()
-        self._sequences = bytearray()
-        self._roles = bytearray()
+        self._batches: list[tuple[int, str]] = []  # rows and source of each record batch
+        self._ids, self._sequences, self._roles = bytearray(), bytearray(), bytearray()
 
-    def read(self, path: str, role: int) -> None:
-        """Adds all files that `path` names. Raises: ValueError, see readers."""
-        for file in expand_inputs(path):
+    def read(self, files: list[str], role: int) -> None:
+        """Raises: ValueError, see readers."""
+        for file in files:
             with Source(file, self._config.id_column, self._config.sequence_column) as source:
                 self.kind = self.kind or source.kind
                 if self._config.kind is None and source.kind != self.kind:
@@ -74,13 +68,11 @@ class Spool:
                         f"{file} looks like kind={source.kind}, the input before it like {self.kind}: set kind"
                     )
                 self._read(source, role)
-                self.sources.append(
-                    {"path": file, "bytes": source.bytes_read, "sha256": source.sha256, "records": source.num_records}
-                )
+                self.sources.append(source.describe())
 
     def _read(self, source: Source, role: int) -> None:
         config, rejects = self._config, self._rejects
-        prepare = Canonicalizer() if self.kind == "molecule" else self._clean
+        prepare = _canonicalizer() if self.kind == "molecule" else self._clean
         longest = config.max_length or 1 << 31
         ids, sequences, lines, letters = [], [], [], 0
         for item in source.records():
@@ -102,10 +94,10 @@ class Spool:
             self._ids += key(item.id.encode())
             self._sequences += key(sequence)
             letters += len(sequence)
-            if letters >= BATCH_BYTES or len(ids) >= _BATCH_ROWS:
-                self._flush(ids, sequences, lines, source, role)
+            if letters >= _BATCH_LETTERS or len(ids) >= _BATCH_ROWS:
+                self._flush([ids, sequences, lines], source, role)
                 ids, sequences, lines, letters = [], [], [], 0
-        self._flush(ids, sequences, lines, source, role)
+        self._flush([ids, sequences, lines], source, role)
 
     def _clean(self, sequence: bytes) -> tuple[bytes, str | None]:
         cleaned, changes = clean(sequence)
@@ -116,20 +108,20 @@ class Spool:
             self.cleaning["records"] += 1
         return cleaned, None if cleaned else "no residues"
 
-    def _flush(self, ids: list[str], sequences: list[bytes], lines: list[int], source: Source, role: int) -> None:
-        self._progress(source.bytes_read)
-        if not ids:
-            return
-        columns = [pa.array(ids, pa.string()), pa.array(sequences, pa.string()), pa.array(lines, pa.int64())]
-        self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-        self._batches.append((len(ids), len(self.sources)))
-        self._roles += bytes([role]) * len(ids)
+    def _flush(self, columns: list[list[Any]], source: Source, role: int) -> None:
+        before = sum(entry["bytes"] for entry in self.sources)
+        self._progress.update((before + source.bytes_read) >> 20)
+        rows = len(columns[0])
+        if rows:
+            self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+            self._batches.append((rows, source.path))
+            self._roles += bytes([role]) * rows
 
     def close(self) -> None:
         self._writer.close()
         self._file.close()  # the writer leaves it open
-        self.id_keys = as_array(self._ids)  # (N, 2)
-        self.sequence_keys = as_array(self._sequences)  # (N, 2)
+        self.id_keys = as_array(self._ids)  # (N,)
+        self.sequence_keys = as_array(self._sequences)  # (N,)
         self.role = np.frombuffer(self._roles, dtype=np.uint8)  # (N,)
 
     def __len__(self) -> int:
@@ -141,8 +133,27 @@ class Spool:
         with pa.OSFile(str(self._path)) as file:
             reader = pa.ipc.open_file(file)
             for index, (rows, source) in enumerate(self._batches):
-                yield slice(first, first + rows), self.sources[source]["path"], reader.get_batch(index)
+                yield slice(first, first + rows), source, reader.get_batch(index)
                 first += rows
 
     def remove(self) -> None:
         self._path.unlink()
+
+
+def _canonicalizer() -> Callable[[bytes], tuple[bytes, str | None]]:
+    """-> function: a SMILES -> (canonical SMILES, None) or (b"", reason). Raises: ValueError without RDKit."""
+    try:
+        from rdkit import Chem, rdBase
+    except ImportError as error:
+        raise ValueError("kind=molecule needs RDKit: pip install 'moltron[molecules]'") from error
+    rdBase.DisableLog("rdApp.*")  # its messages have no line numbers; ours do
+
+    def canonical(smiles: bytes) -> tuple[bytes, str | None]:
+        molecule = Chem.MolFromSmiles(smiles.decode("ascii", "replace").strip())
+        if molecule is None:
+            return b"", "RDKit cannot read this SMILES"
+        if not molecule.GetNumAtoms():
+            return b"", "a molecule without atoms"
+        return Chem.MolToSmiles(molecule).encode(), None
+
+    return canonical
