@@ -57,7 +57,7 @@ class Work:
         generator = torch.Generator("cuda").manual_seed(1)
         draw: dict[str, Any] = dict(device="cuda", generator=generator)
         self.lengths = lengths
-        self.layout = Layout.of(np.array(lengths), max(lengths)).to("cuda")
+        self.layout = Layout.of(np.array(lengths)).to("cuda")
         self.rotary = rotary_table(self.layout.positions, head_dim, 10_000.0)
         self.qkv = torch.randn(sum(lengths), num_heads, 3, head_dim, **draw).bfloat16().requires_grad_()
         self.dout = torch.randn(sum(lengths), num_heads, head_dim, **draw).bfloat16()
@@ -68,7 +68,7 @@ class Work:
     def flash(self, qkv: Tensor) -> Tensor:
         q, k, v = qkv.unbind(2)
         q, k, cu = apply_rotary(q, *self.rotary), apply_rotary(k, *self.rotary), self.layout.cu_seqlens
-        out = varlen_attn(q, k, v, cu, cu, self.layout.max_seqlen, self.layout.max_seqlen)
+        out = varlen_attn(q, k, v, cu, cu, *2 * [max(self.layout.lengths)])
         assert isinstance(out, Tensor)
         return out
 

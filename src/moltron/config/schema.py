@@ -71,7 +71,7 @@ class LoopConfig:
     precision: str = "auto"  # auto (bf16 on CUDA, fp32 on a CPU) | fp32 | bf16 | fp16
     seed: int = 1234
     device: str = "auto"  # auto | cpu | cuda
-    compile: bool | None = None  # blocks; None: on CUDA
+    compile: bool | None = None  # the blocks; None: on CUDA in half precision
     log_every: int = 10
     eval_every: int = 500
     eval_packs: int | None = None  # packs of validation data; None: all

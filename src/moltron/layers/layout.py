@@ -24,19 +24,17 @@ class Layout:
 
     cu_seqlens: (B+1,) int32, starts at 0, ends at T; filler at the end is a sequence of its own.
     positions: (T,) int32, 0, 1, 2 … within each sequence.
-    max_seqlen: an upper bound of the lengths, kept constant over a run so that nothing recompiles.
     lengths: the B lengths on the host, so that no path waits for the device.
     tiles: (T // TILE + B, 3) int32, `tile_table`.
     """
 
     cu_seqlens: Tensor
     positions: Tensor
-    max_seqlen: int
     lengths: tuple[int, ...]
     tiles: Tensor
 
     @staticmethod
-    def of(lengths: np.ndarray, max_seqlen: int) -> Layout:
+    def of(lengths: np.ndarray) -> Layout:
         """On the host. lengths: (B,) integers, in the order of the pack."""
         cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
         np.cumsum(lengths, out=cu_seqlens[1:])
@@ -44,7 +42,6 @@ class Layout:
         return Layout(
             cu_seqlens=torch.from_numpy(cu_seqlens),
             positions=torch.from_numpy(positions),
-            max_seqlen=max_seqlen,
             lengths=tuple(lengths.tolist()),
             tiles=torch.from_numpy(tile_table(cu_seqlens)),
         )

@@ -62,7 +62,7 @@ class PackedBatch:
         packed[:num_tokens] = ids
         if records is None:
             records = np.arange(num_sequences, dtype=np.int64)
-        layout = Layout.of(all_lengths, max_length)
+        layout = Layout.of(all_lengths)
         return PackedBatch(torch.from_numpy(packed), layout, num_sequences, num_tokens, records)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:

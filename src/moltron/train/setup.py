@@ -220,13 +220,15 @@ def build_run(config: TrainConfig, device: torch.device) -> Run:
     family, architecture = _model_section(config)
     assert family is not None
     spec, precision = get_spec(family), resolve_precision(config.train.precision, device)
-    is_fast = device.type == "cuda" and precision != "fp32"  # fp32's attention kernel cannot be traced
+    can_compile = device.type == "cuda" and precision != "fp32"  # elsewhere attention goes by lengths, new in each pack
+    if config.train.compile and not can_compile:
+        raise ConfigError(["train.compile=true needs CUDA and train.precision=bf16 or fp16: leave it out"])
     model = parallelize(
         build_model(family, architecture),
         spec.plan,
         device,
         precision=precision,
-        compile=config.train.compile if config.train.compile is not None else is_fast,
+        compile=can_compile if config.train.compile is None else config.train.compile,
         reshard_after_forward=config.parallel.reshard_after_forward,
     )
     model_config = make_config(family, architecture)

@@ -8,9 +8,9 @@ from moltron.layers.layout import TILE, Layout, tile_table
 
 
 def test_layout_of_lengths():
-    layout = Layout.of(np.array([2, 1, 3]), 8)
+    layout = Layout.of(np.array([2, 1, 3]))
     assert layout.cu_seqlens.tolist() == [0, 2, 3, 6] and layout.positions.tolist() == [0, 1, 0, 0, 1, 2]
-    assert (layout.lengths, layout.max_seqlen) == ((2, 1, 3), 8)
+    assert layout.lengths == (2, 1, 3)
     assert layout.sequence_index().tolist() == [0, 0, 1, 2, 2, 2]
     assert layout.tiles.tolist() == [[3, 3, 0], [0, 2, 0], [2, 1, 0]]
     tensors = (layout.cu_seqlens, layout.positions, layout.tiles)

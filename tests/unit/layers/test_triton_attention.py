@@ -69,7 +69,7 @@ def errors(out: Tensor, grad: Tensor, truth: tuple[Tensor, Tensor]) -> dict[str,
 
 
 def layout_of(lengths: list[int], device: str = "cpu") -> Layout:
-    return Layout.of(np.array(lengths), max(lengths)).to(device)
+    return Layout.of(np.array(lengths)).to(device)
 
 
 def run(qkv: Tensor, dout: Tensor, lengths: list[int], rotary) -> tuple[Tensor, Tensor]:

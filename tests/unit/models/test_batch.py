@@ -12,7 +12,7 @@ def test_layout_of_a_pack():
     assert batch.ids.tolist() == [*range(7), *[1] * 13]
     assert batch.layout.lengths == (4, 3, 8, 5) and batch.layout.cu_seqlens.tolist() == [0, 4, 7, 15, 20]
     assert batch.layout.positions.tolist() == [*range(4), *range(3), *range(8), *range(5)]
-    assert (batch.num_sequences, batch.num_tokens, batch.layout.max_seqlen) == (2, 7, 8)
+    assert (batch.num_sequences, batch.num_tokens) == (2, 7)
 
 
 def test_a_full_pack_has_no_filler():
