@@ -1,22 +1,26 @@
-"""What the encoder families share around their blocks: the loop over layers, token dropout, the padded vocabulary."""
+"""What the encoder families share: everything but their embedding of tokens, and the padded vocabulary.
+
+    embed_tokens (the family's own) ── L blocks ── norm ── head at the batch's targets
+
+T tokens (packed), D width, L layers, M target positions, V vocabulary
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moltron.layers.blocks import Block, MaskedLMHead, init_encoder_weights
 from moltron.layers.positions import Rotary
 from moltron.models.batch import Output, PackedBatch
 
-VOCAB_MULTIPLE = 64
 
-
-def pad_to(vocab_size: int) -> int:
+def pad_to(vocab_size: int, multiple: int = 64) -> int:
     """The vocabulary is padded once, for speed, never by layout, so a checkpoint has one shape."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return -(-vocab_size // multiple) * multiple
 
 
 def copy_value(parameter: nn.Parameter, value: Tensor) -> None:
@@ -24,31 +28,55 @@ def copy_value(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-class Encoder(Protocol):
-    """What the families have in common, for `run_encoder` and contacts."""
+class Encoder(nn.Module):
+    """A pre-norm encoder with a masked-LM head. config: a family's dataclass; gelu: "none" (exact, erf) or "tanh"."""
 
-    layers: nn.ModuleDict
-    norm: nn.LayerNorm
+    def __init__(self, config: Any, *, gelu: str, contact_head: bool):
+        super().__init__()
+        self.config = config
+        padded_vocab = pad_to(config.vocab_size)
+        sizes = (config.hidden_size, config.num_heads, config.ffn_size, config.layer_norm_eps, gelu)
+        self.embed = nn.Embedding(padded_vocab, config.hidden_size)
+        self.layers = nn.ModuleDict({str(i): Block(*sizes) for i in range(config.num_layers)})
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.head = MaskedLMHead(config.hidden_size, padded_vocab, config.layer_norm_eps, gelu)
+        self.contact_head: nn.Linear | None = None  # fitted after training, so it takes no gradient
+        if contact_head:
+            self.contact_head = nn.Linear(config.num_layers * config.num_heads, 1).requires_grad_(False)
 
-    def embed_tokens(self, batch: PackedBatch) -> tuple[Tensor, Rotary]: ...
-    def logits(self, hidden_MD: Tensor) -> Tensor: ...
+    def init_weights(self, seed: int, assign: Callable[[nn.Parameter, Tensor], None] = copy_value) -> None:
+        c = self.config
+        init_encoder_weights(
+            self, seed=seed, std=c.init_std, num_layers=c.num_layers, vocab_size=c.vocab_size, assign=assign
+        )
 
+    def embed_tokens(self, batch: PackedBatch) -> tuple[Tensor, Rotary]:
+        """(T, D) that enters the first block, and the rotary table that all blocks share."""
+        raise NotImplementedError
 
-def run_encoder(model: Encoder, batch: PackedBatch, hidden_layers: Collection[int]) -> Output:
-    """Embedding → blocks → norm → logits at the batch's targets, keeping the hidden states asked for."""
-    x_TD, rotary = model.embed_tokens(batch)
-    hiddens = {0: x_TD} if 0 in hidden_layers else {}
-    for i, block in enumerate(model.layers.values(), start=1):
-        x_TD = block(x_TD, batch.layout, rotary)
-        if i in hidden_layers:
-            hiddens[i] = x_TD
-    x_TD = model.norm(x_TD)
-    if len(model.layers) in hidden_layers:
-        hiddens[len(model.layers)] = x_TD
-    logits = None
-    if batch.target_positions is not None:
-        logits = model.logits(x_TD.index_select(0, batch.target_positions))
-    return Output(x_TD, logits, hiddens)
+    def forward(self, batch: PackedBatch, hidden_layers: Collection[int] = ()) -> Output:
+        x_TD, rotary = self.embed_tokens(batch)
+        hiddens = {0: x_TD} if 0 in hidden_layers else {}
+        for i, block in enumerate(self.layers.values(), start=1):
+            x_TD = block(x_TD, batch.layout, rotary)
+            if i in hidden_layers:
+                hiddens[i] = x_TD
+        x_TD = self.norm(x_TD)
+        if len(self.layers) in hidden_layers:
+            hiddens[len(self.layers)] = x_TD
+        logits = None
+        if batch.target_positions is not None:
+            logits = self.logits(x_TD.index_select(0, batch.target_positions))
+        return Output(x_TD, logits, hiddens)
+
+    def logits(self, hidden_MD: Tensor) -> Tensor:
+        """(M, D) after the final norm → (M, V); padding rows of the vocabulary are cut off."""
+        return self.head(hidden_MD, self.embed.weight)[:, : self.config.vocab_size].contiguous()
+
+    def flops_per_token(self, effective_length: float) -> float:
+        """Training FLOPs a token: 3·(24·L·h² + 4·L·h·s), s = Σ len² / Σ len (design/performance.md)."""
+        c = self.config
+        return 3 * (24 * c.num_layers * c.hidden_size**2 + 4 * c.num_layers * c.hidden_size * effective_length)
 
 
 def token_dropout_scale(batch: PackedBatch, mask_id: int, train_ratio: float = 0.15 * 0.8) -> Tensor:
