@@ -110,20 +110,18 @@ class Encoder:
         if keep is None:
             keep = np.stack([np.ones_like(lengths), lengths - 1], axis=1)
         pooled_layers = wanted.layers if wanted.pooling else ()
-        result = Encoded(
-            pooled={layer: np.empty((len(ids), self._width), dtype=np.float32) for layer in pooled_layers},
-            hiddens={layer: [np.empty(0)] * len(ids) for layer in wanted.layers} if wanted.hiddens else {},
-            logits=[np.empty(0)] * len(ids) if wanted.logits else [],
-        )
+        pooled = {layer: np.empty((len(ids), self._width), dtype=np.float32) for layer in pooled_layers}
+        hiddens = {layer: [np.empty(0)] * len(ids) for layer in (wanted.layers if wanted.hiddens else ())}
+        logits = [np.empty(0)] * len(ids) if wanted.logits else []
+        by_row = {("hiddens", layer): rows for layer, rows in hiddens.items()}
+        by_row |= {("logits", -1): logits} if wanted.logits else {}
         for pack, arrays in self._run(self._packs(ids, lengths, keep, wanted), wanted):
-            for layer, rows in result.pooled.items():
-                rows[pack.pieces] = arrays["pooled", layer]
-            for piece, (begin, end) in zip(pack.pieces.tolist(), pack.kept.tolist(), strict=True):
-                for layer, hiddens in result.hiddens.items():
-                    hiddens[piece] = arrays["hiddens", layer][begin:end].copy()
-                if wanted.logits:
-                    result.logits[piece] = arrays["logits", -1][begin:end].copy()
-        return result
+            for layer in pooled_layers:
+                pooled[layer][pack.pieces] = arrays["pooled", layer]
+            for key, rows in by_row.items():
+                for piece, (begin, end) in zip(pack.pieces.tolist(), pack.kept.tolist(), strict=True):
+                    rows[piece] = arrays[key][begin:end].copy()
+        return Encoded(pooled, hiddens, logits)
 
     # ------------------------------------------------------------------------------------------------------- packs
 
