@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -23,10 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from moltron.data.plan import BatchPlan, Bin, Position
 from moltron.data.store import Store
 from moltron.models.batch import PackedBatch
-
-
-class Objective(Protocol):
-    def corrupt(self, batch: PackedBatch, epoch: int) -> PackedBatch: ...
+from moltron.objectives import MaskedLM
 
 
 @dataclass(eq=False)
@@ -63,7 +60,7 @@ class BatchLoader(IterableDataset):
         plan: BatchPlan,
         store: Store,
         tokenizer: Any,
-        objective: Objective | None,
+        objective: MaskedLM | None,
         packs: int,
         rank: int = 0,
         world: int = 1,

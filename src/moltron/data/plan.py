@@ -16,25 +16,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moltron.common import rng
+from moltron.data.store import Store
 
 I64 = NDArray[np.int64]
 EVALUATION_SEED = 0
-
-
-class Records(Protocol):
-    """What a plan needs of a `data.store.Store`."""
-
-    lengths: np.ndarray
-    clusters: Any
-    fingerprint: str
-
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +57,7 @@ class BatchPlan:
 
     def __init__(
         self,
-        store: Records,
+        store: Store,
         tokens: int,
         max_length: int,
         num_specials: int = 2,
@@ -98,7 +89,7 @@ class BatchPlan:
         self.fingerprint = sha256(repr(identity).encode()).hexdigest()[:16]
 
     @classmethod
-    def evaluation(cls, store: Records, tokens: int, max_length: int, num_specials: int = 2) -> BatchPlan:
+    def evaluation(cls, store: Store, tokens: int, max_length: int, num_specials: int = 2) -> BatchPlan:
         """All records once, in the store's order, crops by the evaluation seed; use it for one epoch."""
         return cls(store, tokens, max_length, num_specials, seed=EVALUATION_SEED, clusters=False, shuffle=False)
 

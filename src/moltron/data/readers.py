@@ -190,19 +190,20 @@ class Source:
                 f"records ({type(error).__name__}: {error}); get the file again"
             ) from error
 
-    def rows(
-        self, delimiter: str, quoted: bool = True, lines: Iterator[str] | None = None
-    ) -> Iterator[tuple[int, list[str]]]:
-        """(line, cells) of a table, blank lines left out. lines: instead of lines(), e.g. with a first one put back."""
+    def rows(self, delimiter: str | None = None, quoted: bool = True) -> Iterator[tuple[int, list[str]]]:
+        """(line, cells) of a table, blank lines left out. delimiter: else a tab if line 1 has one, or a comma."""
         csv.field_size_limit(1 << 30)  # the default stops at 128 KiB; titin and cluster members are longer
+        lines = self.lines()
+        first = next((line for line in lines if line.strip()), "")
+        before = offset = max(self.line - 1, 0)
+        delimiter = delimiter or ("\t" if "\t" in first else ",")
         quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        reader = csv.reader(lines or self.lines(), delimiter=delimiter, strict=True, quoting=quoting)
-        before = 0
+        reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True, quoting=quoting)
         try:
             for row in reader:
                 if row:
                     yield before + 1, row
-                before = reader.line_num
+                before = offset + reader.line_num
         except csv.Error as error:
             raise ValueError(f"{self.path}, line {before + 1}: not a table row ({error}): mend its quotes") from error
 
@@ -212,7 +213,7 @@ class Source:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def _find_format(self, binary: io.BufferedReader) -> str:
+    def _find_format(self, binary: io.BufferedReader[_File]) -> str:
         suffix = _suffix(self.path)
         for name, suffixes in (("fasta", FASTA), ("table", TABLES), ("smiles", SMILES)):
             if suffix in suffixes:
@@ -254,12 +255,10 @@ class Source:
 
     def _open_table(self, id_column: str | None, sequence_column: str | None) -> None:
         """Reads the header line: which columns hold ids (None: none does) and sequences."""
-        lines = self.lines()
-        header = next(lines, "")
-        if not header.strip():
+        self._rows = self.rows()
+        names = [name.strip() for name in next(self._rows, (0, []))[1]]
+        if not names:
             raise ValueError(f"{self.path} is empty: its first line must name the columns")
-        self._rows = self.rows("\t" if header.count("\t") > header.count(",") else ",", lines=chain([header], lines))
-        names = [name.strip() for name in next(self._rows)[1]]
         lower = [name.lower() for name in names]
         for wanted in (id_column, sequence_column):
             if wanted and wanted not in names:

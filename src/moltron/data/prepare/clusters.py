@@ -69,9 +69,7 @@ def read_clusters(path: str, column: str | None, spool: Spool, rows: np.ndarray,
 
 def _open_table(source: Source, column: str | None) -> tuple[Rows, int, int, int]:
     """-> rows, and the places of id, cluster and split (-1: it has none) in them."""
-    path, lines = source.path, source.lines()
-    first = next(lines, "")
-    rows = source.rows("\t" if "\t" in first else ",", lines=chain([first], lines))
+    path, rows = source.path, source.rows()
     _, header = next(rows, (0, []))
     if "id" not in header:
         if column:

@@ -21,13 +21,9 @@ def key(value: bytes) -> bytes:
     return blake2b(value, digest_size=8).digest()
 
 
-def as_array(keys: bytes | bytearray) -> np.ndarray:
-    """Keys written one after the other -> (N,) uint64, without a copy."""
-    return np.frombuffer(keys, dtype="<u8")
-
-
 def keys_of(values: Iterable[str]) -> np.ndarray:
-    return as_array(b"".join(key(value.encode("utf-8", "surrogateescape")) for value in values))
+    joined = b"".join(key(value.encode("utf-8", "surrogateescape")) for value in values)
+    return np.frombuffer(joined, dtype=np.uint64)
 
 
 def first_of_equals(keys: np.ndarray) -> np.ndarray:

@@ -19,10 +19,8 @@ class Statistics:
         self.letters = np.zeros(256, dtype=np.int64)
 
     def add(self, sequences: pa.Array) -> None:
-        if not len(sequences):
-            return
         _, offsets, letters = sequences.buffers()
-        place = np.frombuffer(offsets, np.int32)[sequences.offset : sequences.offset + len(sequences) + 1]
+        place = np.frombuffer(offsets, np.int32)[sequences.offset :][: len(sequences) + 1]
         counts = np.bincount(np.diff(place), minlength=len(self.lengths))
         counts[: len(self.lengths)] += self.lengths
         self.lengths = counts
@@ -60,14 +58,12 @@ def draw_lengths(path: Path, splits: dict[str, Statistics], alphabet: str) -> No
     total = np.sum([np.pad(s.lengths, (0, longest - len(s.lengths))) for s in splits.values()], axis=0)
     end = int(np.searchsorted(np.cumsum(total), 0.995 * total.sum())) + 1
     figure = Figure(figsize=(8, 2.6 * len(splits)), layout="constrained")
-    for index, (name, statistics) in enumerate(splits.items()):
-        axes = figure.add_subplot(len(splits), 1, index + 1)
+    rows = figure.subplots(len(splits), squeeze=False)[:, 0]
+    for axes, (name, statistics) in zip(rows, splits.items()):
         lengths = np.flatnonzero(statistics.lengths)
         axes.hist(np.minimum(lengths, end), bins=min(60, end), range=(0, end), weights=statistics.lengths[lengths])
-        axes.set_title(
-            f"{name}: {statistics.lengths.sum():,} records, {statistics.letters.sum():,} letters", loc="left"
-        )
-        axes.set_ylabel("records")
+        title = f"{name}: {statistics.lengths.sum():,} records, {statistics.letters.sum():,} letters"
         letters = "residues" if alphabet == "protein" else "characters of SMILES"
-        axes.set_xlabel(f"{letters}; the last bar holds all from {end}")
+        axes.set_title(title, loc="left")
+        axes.set(xlabel=f"{letters}; the last bar holds all from {end}", ylabel="records")
     figure.savefig(path, dpi=120)

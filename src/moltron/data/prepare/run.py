@@ -60,7 +60,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         table, mapping = _read_clusters(config, spool, rejects)
         decision = decide(spool, config, table, mapping)
         statistics = _write(stage, spool, decision, rejects)
-        spool.remove()
+        (stage / "spool.arrow").unlink()
         rejects.close()
         kept, unused = int((decision.split >= 0).sum()), int((decision.reason == UNUSED).sum())
         rejected = spool.num_read - kept - unused

@@ -49,7 +49,9 @@ def decide(spool: Spool, config: PrepareConfig, table: Assignment | None, mappin
     role, rows = spool.role, np.arange(len(spool))
     own, member = role == TRAIN, role == MEMBER
     reason = np.zeros(len(spool), dtype=np.uint8)
+    # 1. ids
     reason[first_of_equals(_within(spool.id_keys, role)) != rows] = SAME_ID
+    # 2. equal sequences
     scope = role.astype(np.int64)
     if mapping is not None:
         reason[member & (mapping.owner < 0) & (reason == KEPT)] = UNUSED
@@ -63,62 +65,39 @@ def decide(spool: Spool, config: PrepareConfig, table: Assignment | None, mappin
     leader[alive] = alive[first_of_equals(_within(spool.sequence_keys[alive], scope[alive]))]
     if config.duplicates == "drop":
         reason[leader != rows] = EQUAL
+    # 3. draws, from `unit`: the row that stands for each row's cluster or copies
     split = role.astype(np.int8)
+    own, member = np.flatnonzero(own & (reason == KEPT)), np.flatnonzero(member & (reason == KEPT))
+    unit, keys, what = leader, spool.id_keys, "distinct sequences"
     if mapping is not None:
-        cluster = _split_mapping(spool, config, mapping, split, reason)
+        unit, what = np.where(role == MEMBER, mapping.owner, rows), "clusters"
+        filled = np.isin(own, unit[member])
+        reason[own[~filled]] = EMPTY
+        own = own[filled]
+    elif table is not None:
+        keys, what = table.keys, "clusters"
+        unit[own] = own[first_of_equals(keys[own])]
+    if table is not None and table.split is not None:
+        split[own] = table.split[own]
     else:
-        cluster = _split_units(spool, config, table, leader, split, reason)
+        fate = _draw(keys, np.unique(unit[own]), config, what)
+        split[own] = fate[unit[own]]
+        if mapping is not None:  # the text to train on is the members', to validate on the UniRef50 records'
+            split[member] = TRAIN
+            reason[own[split[own] == TRAIN]] = reason[member[fate[unit[member]] != TRAIN]] = UNUSED
+    # 4. equal across splits
     kept = np.flatnonzero(reason == KEPT)
     leader = first_of_equals(spool.sequence_keys[kept])
     highest = split[kept]
     np.maximum.at(highest, leader, split[kept])
     reason[kept[split[kept] < highest[leader]]] = LEAK
     split[reason != KEPT] = NOWHERE
-    return Decision(split, reason, cluster if table is not None or mapping is not None else None)
+    return Decision(split, reason, unit if what == "clusters" else None)
 
 
 def _within(keys: np.ndarray, scope: np.ndarray) -> np.ndarray:
     """Keys that are equal only within a scope."""
     return keys ^ (scope.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-
-
-def _split_units(
-    spool: Spool,
-    config: PrepareConfig,
-    table: Assignment | None,
-    leader: np.ndarray,
-    split: np.ndarray,
-    reason: np.ndarray,
-) -> np.ndarray:
-    """Draws from clusters, or from distinct sequences, of `input`. -> (N,) the unit of each row."""
-    unit = leader
-    own = np.flatnonzero((spool.role == TRAIN) & (reason == KEPT))
-    if table is not None:
-        unit[own] = own[first_of_equals(table.keys[own])]
-        if table.split is not None:
-            split[own] = table.split[own]
-            return unit
-    keys, what = (spool.id_keys, "distinct sequences") if table is None else (table.keys, "clusters")
-    split[own] = _draw(keys, np.unique(unit[own]), config, what)[unit[own]]
-    return unit
-
-
-def _split_mapping(
-    spool: Spool, config: PrepareConfig, mapping: Mapping, split: np.ndarray, reason: np.ndarray
-) -> np.ndarray:
-    """Draws from the clusters that have a member. -> (N,) the owner of each member, a UniRef50 record's own row."""
-    members = np.flatnonzero((spool.role == MEMBER) & (reason == KEPT))
-    own = np.flatnonzero((spool.role == TRAIN) & (reason == KEPT))
-    owner = np.where(spool.role == MEMBER, mapping.owner, np.arange(len(split)))
-    filled = np.isin(own, owner[members])
-    reason[own[~filled]] = EMPTY
-    units = own[filled]
-    fate = _draw(spool.id_keys, units, config, "clusters")
-    split[units] = fate[units]
-    reason[units[split[units] == TRAIN]] = UNUSED  # the text to train on is the members'
-    reason[members[fate[owner[members]] != TRAIN]] = UNUSED
-    split[members] = TRAIN
-    return owner
 
 
 def _draw(keys: np.ndarray, units: np.ndarray, config: PrepareConfig, what: str) -> np.ndarray:

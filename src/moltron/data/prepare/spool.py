@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from moltron.common.logging import Progress
 from moltron.config.schema import PrepareConfig
-from moltron.data.prepare.keys import as_array, key
+from moltron.data.prepare.keys import key
 from moltron.data.readers import Reject, Source
 from moltron.tokenizers.residues import clean
 
@@ -32,16 +32,14 @@ class Rejects:
 
     def __init__(self, path: Path) -> None:
         self.counts: Counter[str] = Counter()
-        self._file = open(path, "w", encoding="utf-8", errors="replace", newline="")  # noqa: SIM115
-        self._table = csv.writer(self._file, delimiter="\t", lineterminator="\n")
+        file = open(path, "w", encoding="utf-8", errors="replace", newline="")  # noqa: SIM115
+        self.close = file.close
+        self._table = csv.writer(file, delimiter="\t", lineterminator="\n")
         self._table.writerow(["source", "line", "id", "reason"])
 
     def add(self, id: str, reason: str, source: str, line: int) -> None:
         self.counts[reason] += 1
         self._table.writerow([source, line, id, reason])
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class Spool:
@@ -120,8 +118,8 @@ class Spool:
     def close(self) -> None:
         self._writer.close()
         self._file.close()  # the writer leaves it open
-        self.id_keys = as_array(self._ids)  # (N,)
-        self.sequence_keys = as_array(self._sequences)  # (N,)
+        self.id_keys = np.frombuffer(self._ids, dtype=np.uint64)  # (N,)
+        self.sequence_keys = np.frombuffer(self._sequences, dtype=np.uint64)  # (N,)
         self.role = np.frombuffer(self._roles, dtype=np.uint8)  # (N,)
 
     def __len__(self) -> int:
@@ -135,9 +133,6 @@ class Spool:
             for index, (rows, source) in enumerate(self._batches):
                 yield slice(first, first + rows), source, reader.get_batch(index)
                 first += rows
-
-    def remove(self) -> None:
-        self._path.unlink()
 
 
 def _canonicalizer() -> Callable[[bytes], tuple[bytes, str | None]]:
