@@ -53,10 +53,7 @@ class Model:
         self.encoder = Encoder(
             pretrained.model, pad_id=pad_id, device=device, precision=precision, tokens=tokens, plan=plan
         )
-
-    @property
-    def module(self) -> Any:
-        return self.encoder.model
+        self.module = self.encoder.model
 
     def __repr__(self) -> str:
         c, e = self.config, self.encoder
@@ -121,11 +118,10 @@ class Model:
             max_length = limit
         elif self.config.positions_end and max_length > limit:
             raise ValueError(f"max_length={max_length}: {self.spec.name} has positions for {limit} tokens, no more")
-        if max_length <= self.tokenizer.num_specials:
-            raise ValueError(
-                f"max_length={max_length} leaves no room for residues beside {self.tokenizer.num_specials} specials"
-            )
-        return max_length - self.tokenizer.num_specials
+        residues = max_length - self.tokenizer.num_specials
+        if residues < 1:
+            raise ValueError(f"max_length={max_length} leaves no room for residues beside <cls> and <eos>")
+        return residues
 
     def run(
         self,

@@ -138,13 +138,8 @@ class _Job:
         if config.long == "window" and not 0 <= config.overlap < self.limit:
             raise ValueError(f"overlap={config.overlap} must be less than the {self.limit} residues of a window")
         embeddings, hiddens, logits = (name in config.outputs for name in CHOICES["outputs"])
-        self.wanted = Wanted(
-            layers=self.layers if embeddings or hiddens else (),
-            pooling=config.pooling if embeddings else None,
-            hiddens=hiddens,
-            logits=logits,
-            dtype=getattr(torch, config.dtype),
-        )
+        pooling, dtype = config.pooling if embeddings else None, getattr(torch, config.dtype)
+        self.wanted = Wanted(self.layers if embeddings or hiddens else (), pooling, hiddens, logits, dtype)
         self.columns = [
             Column(self._name(kind, layer), model.config.hidden_size, kind == "hiddens", config.dtype)
             for kind in ("embeddings", "hiddens")

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from moltron.models.spec import ParallelPlan
 from moltron.parallel.apply import compile_units
 from moltron.parallel.precision import DTYPES, resolve_precision
 
-Item = TypeVar("Item")
 Key = tuple[str, int]  # "pooled" | "hiddens" | "logits", layer
 POOLINGS = ("mean", "cls", "max")
 QUANTUM = 64  # rows; fewer change a linear layer's last bits
@@ -211,11 +210,11 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
+def ahead(items: Iterable[Any], depth: int) -> Iterator[Any]:
     """The same items, made in a thread up to `depth` ahead. Errors arrive here; leaving early ends the thread."""
     source, end = iter(items), object()
     with ThreadPoolExecutor(1) as worker:
         coming = deque(worker.submit(next, source, end) for _ in range(depth))
         while (item := coming.popleft().result()) is not end:
             coming.append(worker.submit(next, source, end))
-            yield item  # pyright: ignore[reportReturnType]
+            yield item

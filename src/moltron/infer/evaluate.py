@@ -52,9 +52,9 @@ class Evaluator:
         self.device, self.packs = device, sys.maxsize if packs is None else packs
         self.objective = get_objective(objective, tokenizer, EVALUATION_SEED)
         plan = BatchPlan.evaluation(store, tokens, max_length, tokenizer.num_specials)
-        pin, packs_a_step = device.type == "cuda", world_size()
+        world, pin = world_size(), device.type == "cuda"
         self.loader = BatchLoader(
-            plan, store, tokenizer, self.objective, packs_a_step, rank(), world_size(), epochs=1, pin=pin
+            plan, store, tokenizer, self.objective, packs=world, rank=rank(), world=world, epochs=1, pin=pin
         )
 
     @torch.no_grad()
