@@ -55,15 +55,9 @@ class Progress:
         self.last_line = 0.0
         self.bar: RichProgress | None = None
         if enabled and console().is_terminal:
-            columns = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
-            )
-            self.bar = RichProgress(*columns, console=console(), refresh_per_second=4)
+            name_column, text_column = TextColumn("[bold]{task.description}"), TextColumn("{task.fields[text]}")
+            columns = name_column, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+            self.bar = RichProgress(*columns, text_column, console=console(), refresh_per_second=4)
             self.task = self.bar.add_task(name, total=total, completed=start, text="")
 
     def __enter__(self) -> Progress:

@@ -1,6 +1,6 @@
 """Randomness without state: every draw is a function of a seed, a named stream and some counters.
 
-    seed, stream ──hash_u64──> state ──fold(counter)──> state ──fold(counter)──> bits ──bounded, uniform──> a draw
+    seed, stream ──hash_u64──> state ──fold(counter)──> state ──fold(counter)──> bits ──bounded──> a draw
 
 Two processes that ask for the same counters get the same bits, so a resume, another number of ranks or another order
 of work changes nothing. All functions take and return numpy arrays and broadcast. Knows nothing of what is drawn.
@@ -50,11 +50,6 @@ def hash_u64(seed: int, stream: int, *counters: ArrayLike) -> U64:
     for counter in counters:
         state = fold(state, counter)
     return state
-
-
-def uniform(bits: U64) -> NDArray[np.float64]:
-    """Floats in [0, 1) from random bits, 53 of them used."""
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def bounded(bits: U64, n: ArrayLike) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -119,20 +120,21 @@ class BatchLoader(IterableDataset):
         """The steps, built here and now; in one of several worker processes, every so manieth of them."""
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        index = 0
+        for bins, after in islice(self._groups(), number, None, workers):
+            yield self._step(bins, after)
+
+    def _groups(self) -> Iterator[tuple[list[tuple[int, Bin]], Position]]:
+        """The (epoch, bin) of each step, and where the stream goes on."""
         bins: list[tuple[int, Bin]] = []
         after = self.start
         for epoch, bin, after in self.plan.bins(self.start, self.epochs):
             bins.append((epoch, bin))
             if len(bins) == self.packs:
-                if index % workers == number:
-                    yield self._step(bins, after)
+                yield bins, after
                 bins = []
-                index += 1
-        if bins and index % workers == number:
+        if bins:
             nothing = np.zeros(0, dtype=np.int64)
-            empty = (bins[-1][0], Bin(nothing, nothing, nothing))
-            yield self._step(bins + [empty] * (self.packs - len(bins)), after)
+            yield bins + [(bins[-1][0], Bin(nothing, nothing, nothing))] * (self.packs - len(bins)), after
 
     def _step(self, bins: list[tuple[int, Bin]], after: Position) -> Step:
         batches = [self._batch(bin, epoch) for epoch, bin in bins[self.rank :: self.world]]
@@ -169,11 +171,6 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 def add_specials(residues: np.ndarray, lengths: np.ndarray, cls_id: int, eos_id: int) -> np.ndarray:
     """residues: (Σ lengths,) ids, sequence after sequence -> (Σ lengths + 2 B,), each as `<cls>` residues `<eos>`."""
-    ends = np.cumsum(lengths + 2)
-    starts = ends - lengths - 2
-    ids = np.empty(len(residues) + 2 * len(lengths), dtype=np.int64)
-    inside = np.ones(len(ids), dtype=bool)
-    inside[starts] = inside[ends - 1] = False
-    ids[inside] = residues
-    ids[starts], ids[ends - 1] = cls_id, eos_id
-    return ids
+    ends = np.cumsum(lengths)
+    places = np.column_stack([ends - lengths, ends]).ravel()
+    return np.insert(residues, places, np.tile([cls_id, eos_id], len(lengths)))

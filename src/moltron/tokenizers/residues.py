@@ -15,13 +15,10 @@ import numpy as np
 
 STANDARD = b"ACDEFGHIKLMNPQRSTVWY"  # the 20 amino acids of the genetic code
 LEGAL = STANDARD + b"XBUZO"  # what clean() lets through
-AMBIGUOUS_J = b"J"  # leucine or isoleucine; neither vocabulary has it
 
-_LOWER = bytes(range(ord("a"), ord("z") + 1))
-_UPPER = _LOWER.upper()
+_LOWER = b"abcdefghijklmnopqrstuvwxyz"
 _SPACE = b" \t\r\n\v\f"
 _GAPS = b"-."
-_TO_UPPER = bytes.maketrans(_LOWER, _UPPER)
 _TO_X = bytes(code if code in LEGAL else ord("X") for code in range(256))
 
 
@@ -52,12 +49,12 @@ def clean(sequence: bytes) -> tuple[bytes, Counter[str]]:
 
     sequence = delete(_SPACE, "white_space")
     sequence = delete(_GAPS, "gap")
-    upper = sequence.translate(_TO_UPPER)
+    upper = sequence.upper()
     counts["lower_case"] = len(sequence) - len(sequence.translate(None, _LOWER))
     sequence = upper.rstrip(b"*")
     counts["final_stop"] = len(upper) - len(sequence)
     counts["inner_stop"] = sequence.count(b"*")
-    counts["J"] = sequence.count(AMBIGUOUS_J)
+    counts["J"] = sequence.count(b"J")
     counts["unknown"] = len(sequence.translate(None, LEGAL)) - counts["inner_stop"] - counts["J"]
     return sequence.translate(_TO_X), +counts
 
