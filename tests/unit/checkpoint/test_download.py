@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
@@ -14,7 +15,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 from transformers import EsmConfig, EsmForMaskedLM
 
-from moltron.checkpoint.download import REPOSITORIES, download, fetch
+from moltron.checkpoint.download import REPOSITORIES, _fetch_blob, download, fetch
 from moltron.checkpoint.weights import load_pretrained
 from moltron.config.schema import DownloadConfig
 
@@ -219,6 +220,25 @@ def test_a_damaged_file_is_refused_and_fetched_anew(tmp_path, hub, name):
     with pytest.raises(ValueError, match="does not match"):
         download(DownloadConfig(name="esm2_8M", cache_dir=str(tmp_path), offline=True))
     assert (fetch("esm2_8M", tmp_path, endpoint=hub.endpoint) / name).read_bytes() == original
+
+
+def test_more_than_the_file_in_the_partial(tmp_path, hub):
+    content = hub.files["model.safetensors"]
+    blob = tmp_path / "models--facebook--esm2_t6_8M_UR50D" / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.parent.mkdir(parents=True)
+    blob.with_name(f"{blob.name}.moltron-partial").write_bytes(content + b"more")
+    folder = fetch("esm2_8M", tmp_path, endpoint=hub.endpoint)
+    assert (folder / "model.safetensors").read_bytes() == content
+
+
+def test_several_at_once_download_once(tmp_path, hub):
+    content = hub.files["model.safetensors"]
+    blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
+    url = f"{hub.endpoint}/facebook/esm/resolve/main/model.safetensors"
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: _fetch_blob(url, blob, len(content)), range(3)))
+    assert blob.read_bytes() == content
+    assert len(fetched(hub)) == len(list(blob.parent.iterdir())) == 1
 
 
 def test_only_bin_files(tmp_path, hub):

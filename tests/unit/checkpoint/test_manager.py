@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from moltron.checkpoint import manager as manager_module
 from moltron.checkpoint.manager import (
@@ -115,6 +115,16 @@ def test_damage_is_named_and_the_previous_one_offered(tmp_path, caplog, damage, 
         assert find_good(tmp_path).name == find_good(tmp_path, best=True).name == "step-00000001"
     assert f"step-00000002/{victim}" in caplog.text
     damage(tmp_path / "step-00000001" / victim)
+    assert manager.find_latest() is None
+
+
+def test_an_edited_manifest_is_refused(tmp_path):
+    manager = CheckpointManager(tmp_path)
+    manager.save(1, make_state(1), {"lr": 0.5})
+    manifest = manager.find_latest() / MANIFEST
+    manifest.write_text(manifest.read_text().replace("0.5", "0.6"))
+    with pytest.raises(CheckpointError, match="checksum does not match"):
+        read_manifest(manifest.parent)
     assert manager.find_latest() is None
 
 
@@ -281,6 +291,8 @@ def on_rank(rank, world, store, job, folder):
             full = state[name].full_tensor() if isinstance(tensor, DTensor) else state[name]
             assert torch.equal(full, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor), name
     else:  # one rank cannot write: all of them hear of it
+        with pytest.raises(ValueError, match="not reduced yet"):
+            manager.save(3, {"model.x": DTensor.from_local(torch.ones(2), mesh, [Partial()])}, {})
         if rank == 1:
             manager_module.write_shard = lambda path, chunks: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space"))
         manager.save(3, distributed_state(3, mesh), {})

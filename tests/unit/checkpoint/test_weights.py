@@ -15,8 +15,10 @@ from moltron.checkpoint import weights as weights_module
 from moltron.checkpoint.manager import CheckpointManager
 from moltron.checkpoint.weights import convert, load_pretrained, resolve, save_pretrained
 from moltron.config.schema import ConvertConfig
+from moltron.layers.positions import rotary_frequencies
 from moltron.models.batch import PackedBatch
 from moltron.models.contacts import predict_contacts
+from moltron.models.esm2.convert import with_rotary_dtype
 from moltron.models.registry import FAMILIES, build_model, make_config
 from moltron.tokenizers.residues import get_tokenizer
 
@@ -102,6 +104,7 @@ def test_round_trip(tmp_path, name, format):
         assert list(tmp_path.iterdir()) == []
         return
     folder = save_pretrained(model, spec, config, tmp_path / "out", format)
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # whoever may read one file may read all
     loaded = load_pretrained(folder)
     assert (resolve(folder)[0], loaded.spec, loaded.config) == (format, spec, config)
     assert_same_weights(loaded.model, model)
@@ -200,6 +203,14 @@ def test_rounded_frequencies_are_honoured(tmp_path, dtype):
     assert torch.equal(logits_there(EsmForMaskedLM.from_pretrained(tmp_path / "out")), theirs)
     set_frequencies(tmp_path / "m", lambda f: f.to(dtype))
     assert load_pretrained(tmp_path / "m").config == loaded.config
+
+
+def test_frequencies_rounded_twice_are_bfloat16():
+    """A model trained in fp16, stored in bf16: one unit off where fp16 fell on a tie."""
+    config = make_config("esm2", ESM2 | {"hidden_size": 128})
+    twice = rotary_frequencies(64, 10000.0, torch.float16).bfloat16()
+    assert not torch.equal(twice.float(), rotary_frequencies(64, 10000.0, torch.bfloat16))
+    assert with_rotary_dtype(config, {"inv_freq": twice}, "").rotary_dtype == "bfloat16"
 
 
 def test_other_frequencies_are_refused(tmp_path):
