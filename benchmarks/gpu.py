@@ -183,7 +183,8 @@ def peer(
     if work == "embed":
         model = model.to(torch.bfloat16).eval()
     if compiled:
-        model.esm.encoder.compile(dynamic=True)
+        for layer in model.esm.encoder.layer:
+            layer.compile(dynamic=True)
     batches = list(padded_batches([get_tokenizer("esm2").encode(t) for t in texts], tokens, device))
     np.random.default_rng(0).shuffle(batches)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, fused=True) if work == "train" else None
@@ -309,10 +310,9 @@ def main() -> None:
                 measure(name, make, rows, work="embed", size=size, floor=SIZES[size][7])
                 if arguments.peers:
                     peers("embed", size, some, device, rows)
-    text = report(rows, arguments)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text)
+            if arguments.output:  # after each size: a run that is cut off keeps what it has
+                arguments.output.write_text(report(rows, arguments))
+    print(report(rows, arguments))
     collectives.shutdown()
 
 
