@@ -17,7 +17,7 @@ Flash attention: Dao 2023, arXiv:2307.08691; rotary positions: Su et al. 2021, a
 T tokens (packed), N heads, H head width
 """
 
-# pyright: reportIndexIssue=false, reportMissingImports=false
+# pyright: reportIndexIssue=false, reportMissingImports=false, reportArgumentType=false
 
 import math
 

@@ -203,7 +203,7 @@ def test_single_files_folders_and_literal_brackets(tmp_path):
         expand_inputs(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("content", [b">a\nMK\n", gzip.compress(b"id,sequence\na,MK\n")])
+@pytest.mark.parametrize("content", [b">a\nMK\n", gzip.compress(b"id,sequence\na,MK\n")], ids=["fasta", "csv.gz"])
 def test_standard_input(monkeypatch, content):
     class Stdin:
         buffer = io.BytesIO(content)

@@ -4,7 +4,6 @@ import torch
 from scipy.stats import chisquare
 
 from moltron.config.schema import ObjectiveConfig
-from moltron.data.loader import pack_sequences
 from moltron.models.batch import Output, PackedBatch
 from moltron.objectives import get_objective
 from moltron.objectives.masked_lm import MaskedLM
@@ -19,11 +18,17 @@ def sequences(tokenizer, lengths, letters=b"ACDEFGHIKLMNPQRSTVWYX", seed=0):
     return [tokenizer.encode(generator.choice(list(letters), n).astype(np.uint8).tobytes()) for n in lengths]
 
 
+def pack(sequences, tokens, tokenizer, first_record=0):
+    lengths = np.array([len(s) for s in sequences])
+    records = np.arange(first_record, first_record + len(lengths))
+    sizes = dict(tokens=tokens, pad_id=tokenizer.pad_id, max_length=max(lengths))
+    return PackedBatch.pack(np.concatenate(sequences), lengths, records=records, **sizes)
+
+
 def packed(tokenizer, lengths, tokens=None, first_record=0, **kwargs):
     made = sequences(tokenizer, lengths, **kwargs)
     tokens = tokens or sum(map(len, made)) + 11  # some filler
-    (batch,) = pack_sequences(made, tokens, tokenizer.pad_id, max(map(len, made)), first_record)
-    return batch
+    return pack(made, tokens, tokenizer, first_record)
 
 
 def by_record(batch, corrupted):
@@ -147,13 +152,13 @@ def test_masks_depend_on_record_not_on_the_pack(config):
     together = packed(tokenizer, lengths, tokens=1000)
     expected = by_record(together, objective.corrupt(together, 2))
     for i, ids in enumerate(made):
-        (alone,) = pack_sequences([ids], 256, tokenizer.pad_id, 256, first_record=i)
+        alone = pack([ids], 256, tokenizer, first_record=i)
         assert by_record(alone, objective.corrupt(alone, 2)) == {i: expected[i]}
     for i, ids in enumerate(made):
         if len(ids) < 50:
             continue
         for other in (dict(seed=5), dict(epoch=3), dict(record=i + 100)):
-            (alone,) = pack_sequences([ids], 256, tokenizer.pad_id, 256, first_record=other.get("record", i))
+            alone = pack([ids], 256, tokenizer, first_record=other.get("record", i))
             out = MaskedLM(config, tokenizer, other.get("seed", 4)).corrupt(alone, other.get("epoch", 2))
             assert list(by_record(alone, out).values()) != [expected[i]], other
 

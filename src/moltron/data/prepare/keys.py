@@ -29,7 +29,7 @@ def keys_of(values: Iterable[str]) -> np.ndarray:
 def first_of_equals(keys: np.ndarray) -> np.ndarray:
     """keys (N,) -> (N,) int64: for each row the first with the same key."""
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-    return first[which]
+    return np.take(first, which, out=which)
 
 
 class Lookup:

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-_PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-
 
 class Statistics:
     """Counts lengths and letters, batch by batch, exactly."""
@@ -43,7 +41,7 @@ class Statistics:
                 "max": longest,
                 "mean": round(float(self.letters.sum() / total), 2),
                 # the smallest length that at least p % of the records do not exceed
-                **{f"p{p}": int(np.searchsorted(cumulative, total * p / 100)) for p in _PERCENTILES},
+                **{f"p{p}": int(np.searchsorted(cumulative, total * p / 100)) for p in (1, 5, 25, 50, 75, 95, 99)},
                 "histogram": {"edges": edges, "counts": bins.tolist()},
             },
             "alphabet": {chr(c): int(self.letters[c]) for c in np.argsort(-self.letters) if self.letters[c]},

@@ -4,7 +4,7 @@
     spool.arrow ──pass 2──> {train,val,test}.arrow, *.clusters.*.npy, rejects.tsv ──> manifest.json, lengths.png
 
 Everything is written to a sibling folder that takes its name at the end. In memory: 17 bytes a record (keys of id
-and sequence, role), some 70 more for a moment while equal ones are looked for and splits drawn; the rest is a few
+and sequence, role), 100 more for a moment while equal ones are looked for and splits drawn; the rest is a few
 record batches. Knows nothing of tokens and of who will read the folder.
 """
 

@@ -52,19 +52,20 @@ def decide(spool: Spool, config: PrepareConfig, table: Assignment | None, mappin
     # 1. ids
     reason[first_of_equals(_within(spool.id_keys, role)) != rows] = SAME_ID
     # 2. equal sequences
-    scope = role.astype(np.int64)
+    scope = role
     if mapping is not None:
         reason[member & (mapping.owner < 0) & (reason == KEPT)] = UNUSED
         reason[own & ~mapping.mapped & (reason == KEPT)] = UNMAPPED
         # each UniRef50 record is a scope of its own: it stands for its cluster, whatever its sequence
-        scope = np.where(member, len(rows) + mapping.owner, np.where(own, rows, -1 - scope))
+        scope = np.where(member, len(rows) + mapping.owner, np.where(own, rows, -1 - scope.astype(np.int64)))
     elif table is not None and table.split is not None:
-        scope += 4 * table.split.astype(np.int64)  # as with files: of equal ones train gives way, not the first
+        scope = scope + 4 * table.split  # as with files: of equal ones train gives way, not the first
     alive = np.flatnonzero(reason == KEPT)
     leader = rows.copy()  # the first row with an equal sequence
     leader[alive] = alive[first_of_equals(_within(spool.sequence_keys[alive], scope[alive]))]
     if config.duplicates == "drop":
         reason[leader != rows] = EQUAL
+    del alive, scope
     # 3. draws, from `unit`: the row that stands for each row's cluster or copies
     split = role.astype(np.int8)
     own, member = np.flatnonzero(own & (reason == KEPT)), np.flatnonzero(member & (reason == KEPT))
@@ -97,7 +98,10 @@ def decide(spool: Spool, config: PrepareConfig, table: Assignment | None, mappin
 
 def _within(keys: np.ndarray, scope: np.ndarray) -> np.ndarray:
     """Keys that are equal only within a scope."""
-    return keys ^ (scope.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    mixed = scope.astype(np.uint64)  # then in place: there may be many
+    mixed *= np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= keys
+    return mixed
 
 
 def _draw(keys: np.ndarray, units: np.ndarray, config: PrepareConfig, what: str) -> np.ndarray:
