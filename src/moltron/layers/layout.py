@@ -9,6 +9,7 @@ T tokens (packed), B sequences
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,21 +47,10 @@ class Layout:
             tiles=torch.from_numpy(tile_table(cu_seqlens)),
         )
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
-        return replace(
-            self,
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-            positions=self.positions.to(device, non_blocking=non_blocking),
-            tiles=self.tiles.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> Layout:
-        return replace(
-            self,
-            cu_seqlens=self.cu_seqlens.pin_memory(),
-            positions=self.positions.pin_memory(),
-            tiles=self.tiles.pin_memory(),
-        )
+    def each(self, change: Callable[[Tensor], Tensor]) -> Layout:
+        """All tensors changed alike: moved, pinned."""
+        changed = {name: change(getattr(self, name)) for name in ("cu_seqlens", "positions", "tiles")}
+        return replace(self, **changed)
 
     def sequence_index(self) -> Tensor:
         """(T,) int64: which sequence each token belongs to."""

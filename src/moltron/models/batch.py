@@ -3,14 +3,17 @@
     records (ids without padding) ──PackedBatch.pack──> ids (T,), layout ──model──> hidden (T, D)
 
 The T tokens of a batch are real sequences, then filler: pad tokens in sequences of their own, which no real token can
-see and nothing counts. Knows nothing of tokenizers, data sets or objectives.
+see and nothing counts. Encoder–decoder models read two such streams, with as many sequences each: sequence i of the
+decoder's belongs to sequence i of the encoder's. Knows nothing of tokenizers, data sets or objectives.
 
-T tokens in a batch, B sequences, M target positions
+T tokens in a batch (U in the decoder's stream), B sequences, M target positions
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +31,9 @@ class PackedBatch:
     num_sequences, num_tokens: the real ones, without filler.
     records: (num_sequences,) int64, index of each sequence's record in its data set; for reports.
     target_positions, targets: (M,) int64, where the loss is taken and the true ids; -100 in `targets` fills up to M.
+        Positions count in the stream whose logits the model gives: the decoder's where there is one.
+    decoder_ids: (U,) int64, what the decoder reads (labels shifted right); decoder_layout: of the same number of
+        sequences as `layout` (of filler, those left over are empty); num_decoder_tokens: the real ones.
     """
 
     ids: Tensor
@@ -37,6 +43,9 @@ class PackedBatch:
     records: np.ndarray
     target_positions: Tensor | None = None
     targets: Tensor | None = None
+    decoder_ids: Tensor | None = None
+    decoder_layout: Layout | None = None
+    num_decoder_tokens: int = 0
 
     @staticmethod
     def pack(
@@ -47,46 +56,53 @@ class PackedBatch:
         pad_id: int,
         max_length: int,
         records: np.ndarray | None = None,
+        decoder: tuple[np.ndarray, np.ndarray, int] | None = None,
     ) -> PackedBatch:
         """Lay sequences end to end and fill up to `tokens`.
 
         ids: (Σ lengths,) token ids, specials included; lengths: (B,) each ≤ max_length; Σ lengths ≤ tokens.
+        decoder: (ids, lengths, tokens) of the second stream.
         """
-        num_tokens, num_sequences = int(lengths.sum()), len(lengths)
-        if num_tokens > tokens:
-            raise ValueError(f"{num_tokens} tokens do not fit into a pack of {tokens}")
-        filler = tokens - num_tokens
-        filler_lengths = [max_length] * (filler // max_length) + ([filler % max_length] if filler % max_length else [])
-        all_lengths = np.concatenate([lengths, filler_lengths]).astype(np.int64)
-        packed = np.full(tokens, pad_id, dtype=np.int64)
-        packed[:num_tokens] = ids
+        streams = [(ids, lengths, tokens)] + ([] if decoder is None else [decoder])
+        fillers = [_filler(int(lengths.sum()), tokens, max_length) for _, lengths, tokens in streams]
+        most = max(map(len, fillers))
+        packed, layouts = [], []
+        for (ids, lengths, tokens), filler in zip(streams, fillers):
+            whole = np.full(tokens, pad_id, dtype=np.int64)
+            whole[: len(ids)] = ids
+            packed.append(torch.from_numpy(whole))
+            filler = filler + [0] * (most - len(filler))
+            layouts.append(Layout.of(np.concatenate([lengths, filler]).astype(np.int64)))
         if records is None:
-            records = np.arange(num_sequences, dtype=np.int64)
-        layout = Layout.of(all_lengths)
-        return PackedBatch(torch.from_numpy(packed), layout, num_sequences, num_tokens, records)
+            records = np.arange(len(lengths), dtype=np.int64)
+        batch = PackedBatch(packed[0], layouts[0], len(lengths), len(streams[0][0]), records)
+        if decoder is None:
+            return batch
+        second = dict(decoder_ids=packed[1], decoder_layout=layouts[1], num_decoder_tokens=len(decoder[0]))
+        return replace(batch, **second)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device=device, non_blocking=non_blocking)
-
-        return replace(
-            self,
-            ids=move(self.ids),
-            layout=self.layout.to(device, non_blocking),
-            target_positions=move(self.target_positions),
-            targets=move(self.targets),
-        )
+        return self._each(lambda x: x.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """Page-locked copies of all tensors, so that `.to(device, non_blocking=True)` overlaps with compute."""
-        pin = lambda x: None if x is None else x.pin_memory()  # noqa: E731
-        return replace(
-            self,
-            ids=self.ids.pin_memory(),
-            layout=self.layout.pin_memory(),
-            target_positions=pin(self.target_positions),
-            targets=pin(self.targets),
-        )
+        return self._each(lambda x: x.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """All tensors changed alike, those of the layouts too."""
+
+        def changed(x: Any) -> Any:
+            return change(x) if isinstance(x, Tensor) else x.each(change) if isinstance(x, Layout) else x
+
+        return replace(self, **{f.name: changed(getattr(self, f.name)) for f in fields(self)})
+
+
+def _filler(used: int, tokens: int, max_length: int) -> list[int]:
+    """Lengths of the pad sequences that fill up `tokens`."""
+    room = tokens - used
+    if room < 0:
+        raise ValueError(f"{used} tokens do not fit into a pack of {tokens}")
+    return [max_length] * (room // max_length) + ([room % max_length] if room % max_length else [])
 
 
 @dataclass(eq=False)

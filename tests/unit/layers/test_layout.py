@@ -15,7 +15,7 @@ def test_layout_of_lengths():
     assert layout.tiles.tolist() == [[3, 3, 0], [0, 2, 0], [2, 1, 0]]
     tensors = (layout.cu_seqlens, layout.positions, layout.tiles)
     assert all(x.dtype == torch.int32 for x in tensors)
-    moved = layout.to("meta")
+    moved = layout.each(lambda x: x.to("meta"))
     assert all(x.is_meta for x in (moved.cu_seqlens, moved.positions, moved.tiles)) and moved.lengths == layout.lengths
 
 
