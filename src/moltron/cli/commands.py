@@ -13,6 +13,7 @@ from moltron.config.schema import (
     DownloadConfig,
     EmbedConfig,
     EvaluateConfig,
+    GenerateConfig,
     PrepareConfig,
     TrainConfig,
 )
@@ -43,6 +44,15 @@ def evaluate(config: EvaluateConfig) -> int:
     json.dump(evaluate_file(config), sys.stdout)
     print()
     return 0
+
+
+def generate(config: GenerateConfig) -> int:
+    from moltron.infer.molecules import generate
+
+    report = generate(config)
+    json.dump(report, sys.stdout)
+    print()
+    return 3 if report["rejected"] else 0
 
 
 def convert(config: ConvertConfig) -> int:

@@ -2,7 +2,7 @@
 
     argv ──argparse──> command, options, overrides ──compose.load_config──> dataclass ──commands.*──> exit code
 
-Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 embedded, but some records were rejected;
+Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 done, but some records were rejected;
 75 training was asked to stop and has saved its state (run the same command again to go on).
 """
 
@@ -55,6 +55,12 @@ COMMANDS: dict[str, Command] = {
         commands.evaluate,
         "masked-LM loss and perplexity of a model on a file, as JSON",
         "moltron evaluate model=run input=store/val.arrow",
+    ),
+    "generate": Command(
+        schema.GenerateConfig,
+        commands.generate,
+        "new molecules near given ones, or between them → a table, a picture, a report as JSON",
+        "moltron generate model=run input=molecules.csv output=new.csv method=topkp-perturbate num_samples=10",
     ),
     "convert": Command(
         schema.ConvertConfig,

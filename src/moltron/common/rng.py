@@ -22,24 +22,26 @@ CROP = 3  # where a crop begins
 BINS = 4  # the order of a window's bins
 MASK = 5  # which residues are targets, and what becomes of them
 SPLIT = 6  # train, validation, test
+NOISE = 7  # what is added to hidden states before they are decoded
+SAMPLE = 8  # tokens drawn while decoding
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX2 = np.uint64(0x94D049BB133111EB)
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+MIX2 = np.uint64(0x94D049BB133111EB)
 _LOW32 = np.uint64(0xFFFFFFFF)
-_S27, _S30, _S31, _S32 = (np.uint64(shift) for shift in (27, 30, 31, 32))
+_S11, _S27, _S30, _S31, _S32 = (np.uint64(shift) for shift in (11, 27, 30, 31, 32))
 
 
 def fold(state: U64, counter: ArrayLike) -> U64:
     """Mix one more counter (integers ≥ 0) into `state`; for one state, different counters never collide."""
     x = np.array(counter, dtype=np.uint64, ndmin=1)  # a copy: mixed in place
     x += np.uint64(1)
-    x *= _GAMMA
+    x *= GAMMA
     x = x + state
     x ^= x >> _S30
-    x *= _MIX1
+    x *= MIX1
     x ^= x >> _S27
-    x *= _MIX2
+    x *= MIX2
     x ^= x >> _S31
     return x
 
@@ -57,6 +59,11 @@ def bounded(bits: U64, n: ArrayLike) -> NDArray[np.int64]:
     n = np.asarray(n, dtype=np.uint64)
     low = ((bits & _LOW32) * n) >> _S32
     return (((bits >> _S32) * n + low) >> _S32).astype(np.int64)
+
+
+def unit(bits: U64) -> NDArray[np.float64]:
+    """Numbers in [0, 1), 53 bits each."""
+    return (bits >> _S11).astype(np.float64) * 2.0**-53
 
 
 def threshold(probability: float) -> np.uint64:

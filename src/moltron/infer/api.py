@@ -3,14 +3,17 @@
     from moltron import load_model
     model = load_model("runs/esm2_8M")
     model.embed(["MKTAYIAKQRQISFVKSHFSRQ"])          # numpy, (sequences, width)
+    load_model("runs/megamolbart").sample(["CCO"])   # new molecules near this one
 
-Here a sequence meets the limit of its model: `long` says what happens to one with more residues than fit.
+Here a sequence meets the limit of its model: `long` says what happens to one with more tokens than fit. A residue is a
+token of a sequence that is no special: of molecules, an atom, bond or bracket.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,11 +22,13 @@ import torch
 from moltron.checkpoint.weights import Pretrained, load_pretrained
 from moltron.common.logging import get_logger
 from moltron.infer.engine import POOLINGS, Encoded, Encoder, Wanted
+from moltron.infer.generate import Decoding, Generator, Hypothesis
+from moltron.infer.sampling import METHODS, Sampling, interpolate
 from moltron.infer.windows import POLICIES, cut, merge, stitch
 from moltron.models.batch import PackedBatch
 from moltron.models.contacts import predict_contacts
 from moltron.models.spec import num_parameters
-from moltron.tokenizers.residues import clean, get_tokenizer
+from moltron.tokenizers import get_tokenizer
 
 log = get_logger(__name__)
 
@@ -38,7 +43,7 @@ def load_model(what: str, device: str = "auto", precision: str = "auto") -> Mode
 
 
 class Model:
-    """Sequences in, numpy out. All methods keep the order; residues only, without `<cls>` and `<eos>`."""
+    """Sequences in, numpy or sequences out. All methods keep the order; residues only, without special tokens."""
 
     def __init__(
         self,
@@ -75,10 +80,10 @@ class Model:
 
         long: error (ValueError) | truncate | window, for sequences of more residues than the model's limit.
         """
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling={pooling!r} is unknown; there are: {', '.join(POOLINGS)}")
+        self.check_pooling(pooling)
         layers = self.layer_numbers([layer])
-        return self.run(_cleaned(sequences), Wanted(layers, pooling), long=long, overlap=overlap).pooled[layers[0]]
+        wanted = Wanted(layers, pooling)
+        return self.run(self._cleaned(sequences), wanted, long=long, overlap=overlap).pooled[layers[0]]
 
     def hiddens(
         self, sequences: Sequence[str], *, layer: int = -1, long: str = "error", overlap: int = 128
@@ -86,22 +91,82 @@ class Model:
         """One (L, D) fp32 a sequence; arguments as in `embed`."""
         layers = self.layer_numbers([layer])
         wanted = Wanted(layers, None, hiddens=True)
-        return self.run(_cleaned(sequences), wanted, long=long, overlap=overlap).hiddens[layers[0]]
+        return self.run(self._cleaned(sequences), wanted, long=long, overlap=overlap).hiddens[layers[0]]
 
     def logits(self, sequences: Sequence[str], *, long: str = "error", overlap: int = 128) -> list[np.ndarray]:
         """One (L, V) fp32 a sequence; columns are `tokenizer.pieces`."""
-        return self.run(_cleaned(sequences), Wanted((), None, logits=True), long=long, overlap=overlap).logits
+        return self.run(self._cleaned(sequences), Wanted((), None, logits=True), long=long, overlap=overlap).logits
 
     @torch.inference_mode()
     def contacts(self, sequence: str) -> np.ndarray:
         """(L, L) fp32, probability of contact of each pair of residues. Raises ValueError without a contact head."""
-        (cleaned,) = _cleaned([sequence])
+        (cleaned,) = self._cleaned([sequence])
         (ids,), _, _ = self._pieces([cleaned], "error", self.max_residues(), 0)
         n = len(ids)
         batch = PackedBatch.pack(ids, np.array([n]), tokens=n, pad_id=self.tokenizer.pad_id, max_length=n)
         return predict_contacts(self.module, batch.to(self.encoder.device)).cpu().numpy()
 
+    # ------------------------------------------------------------------------------------------------ new sequences
+
+    def decode(
+        self, hiddens: Sequence[np.ndarray] | np.ndarray, mask: np.ndarray | None = None, **how: Any
+    ) -> list[str]:
+        """The sequence that each record's hidden states decode to.
+
+        hiddens: N of (L, D) as `hiddens` gives them, or (N, L, D) with mask (N, L), True where a token is. how: fields of
+        `generate.Decoding`, e.g. beams=5; none: greedy. Raises ValueError where the model has no decoder.
+        """
+        if mask is not None:
+            hiddens = [h[m.astype(bool)] for h, m in zip(hiddens, mask, strict=True)]
+        return [self._text(found[0]) for found in self.generator.decode(list(hiddens), Decoding(**how))]
+
+    def sample(self, sequences: Sequence[str], method: str = METHODS[0], **how: Any) -> list[list[str]]:
+        """New sequences near each given one. method: one of `sampling.METHODS`; how: fields of `sampling.Sampling`,
+        e.g. num_samples=10, scaled_radius=1.0, seed=0. Raises ValueError for what cannot work."""
+        sampling = Sampling(method, **how)
+        return [[self._text(h) for h in found] for found in self.explore(self.hiddens(sequences), sampling)]
+
+    def interpolate(self, first: str, second: str, num_interpolations: int = 11, **how: Any) -> list[str]:
+        """What the points between two sequences decode to, the ends left out. how: as in `decode`."""
+        return self.decode(interpolate(*self.hiddens([first, second]), num_interpolations), **how)
+
+    def explore(
+        self, hiddens: Sequence[np.ndarray], sampling: Sampling, records: np.ndarray | None = None
+    ) -> list[list[Hypothesis]]:
+        """All that `sampling` makes of each record's hidden states. records: (N,) their numbers, which name the draws."""
+        if problems := sampling.problems():
+            raise ValueError("; ".join(problems))
+        records = np.arange(len(hiddens)) if records is None else records
+        rows = np.repeat(np.arange(len(hiddens)), sampling.copies)
+        found = self.generator.decode(hiddens, sampling.decoding, rows, sampling.keys(records))
+        a_copy = [one[: sampling.kept] for one in found]
+        starts = range(0, len(rows), sampling.copies)
+        return [[h for one in a_copy[i : i + sampling.copies] for h in one] for i in starts]
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The decoder's engine, on the same weights."""
+        if not hasattr(self.module, "start"):
+            raise ValueError(f"{self.spec.name} ({self.source}) has no decoder: it embeds, but generates nothing")
+        return Generator(
+            self.module,
+            bos_id=self.tokenizer.bos_id,
+            eos_id=self.tokenizer.eos_id,
+            capacity=self.config.max_positions,
+            device=self.encoder.device,
+            precision=self.encoder.precision,
+        )
+
+    def _text(self, hypothesis: Hypothesis) -> str:
+        return self.tokenizer.decode(hypothesis.ids)
+
     # ------------------------------------------------------------------------------------------- shared with bulk
+
+    def check_pooling(self, pooling: str) -> None:
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r} is unknown; there are: {', '.join(POOLINGS)}")
+        if pooling == "cls" and not self.tokenizer.prefix:
+            raise ValueError(f"pooling=cls: {self.spec.name} puts no token before a sequence; use mean or max")
 
     def layer_numbers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Layers counted from 0; negative ones count from the end, -1 = after the final norm."""
@@ -112,7 +177,7 @@ class Model:
         return tuple(layer % (last + 1) for layer in layers)
 
     def max_residues(self, max_length: int | None = None) -> int:
-        """Residues that fit. max_length: tokens, specials included; None: what the model was made for."""
+        """Residues that fit the encoder. max_length: tokens, specials included; None: what the model was made for."""
         limit: int = self.config.max_positions
         if max_length is None:
             max_length = limit
@@ -120,7 +185,7 @@ class Model:
             raise ValueError(f"max_length={max_length}: {self.spec.name} has positions for {limit} tokens, no more")
         residues = max_length - self.tokenizer.num_specials
         if residues < 1:
-            raise ValueError(f"max_length={max_length} leaves no room for residues beside <cls> and <eos>")
+            raise ValueError(f"max_length={max_length} leaves no room beside {self.tokenizer.num_specials} specials")
         return residues
 
     def run(
@@ -151,33 +216,31 @@ class Model:
         self, sequences: Sequence[bytes], long: str, limit: int, overlap: int
     ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """Ids of P pieces with their specials, (P, 2) the rows to keep of each, (P,) the sequence each belongs to."""
+        prefix, suffix = (np.array(ids, dtype=np.int64) for ids in (self.tokenizer.prefix, self.tokenizer.suffix))
         pieces, keep, owners = [], [], []
         for index, sequence in enumerate(sequences):
             ids = self.tokenizer.encode(sequence)
-            length = len(ids) - self.tokenizer.num_specials
-            spans: Any = [(0, min(length, limit), 0, min(length, limit))]
-            if length == 0:
+            ids = ids[len(prefix) : len(ids) - len(suffix)]
+            spans: Any = [(0, min(len(ids), limit), 0, min(len(ids), limit))]
+            if len(ids) == 0:
                 raise ValueError(f"sequence {index} is empty")
-            if length > limit and long == "error":
+            if len(ids) > limit and long == "error":
                 raise ValueError(
-                    f"sequence {index} has {length} residues, the limit is {limit}: long='truncate' keeps these, "
+                    f"sequence {index} has {len(ids)} residues, the limit is {limit}: long='truncate' keeps these, "
                     "long='window' reads all in overlapping windows"
                 )
-            if length > limit and long == "window":
-                spans = cut(length, limit, overlap).tolist()
+            if len(ids) > limit and long == "window":
+                spans = cut(len(ids), limit, overlap).tolist()
             for begin, end, keep_from, keep_to in spans:
-                piece = ids[begin : end + 2].copy()
-                piece[0], piece[-1] = ids[0], ids[-1]
-                pieces.append(piece)
-                keep.append((1 + keep_from - begin, 1 + keep_to - begin))
+                pieces.append(np.concatenate([prefix, ids[begin:end], suffix]))
+                keep.append((len(prefix) + keep_from - begin, len(prefix) + keep_to - begin))
                 owners.append(index)
         return pieces, np.array(keep, dtype=np.int64).reshape(-1, 2), np.array(owners, dtype=np.int64)
 
-
-def _cleaned(sequences: Sequence[str]) -> list[bytes]:
-    if isinstance(sequences, str):
-        raise ValueError("a list of sequences is wanted, not one string: [sequence]")
-    results = [clean(sequence.encode()) for sequence in sequences]
-    if letters := sum((counts for _, counts in results), Counter()):
-        log.warning("odd letters, by the rule of moltron.tokenizers.residues.clean: %s", dict(letters))
-    return [sequence for sequence, _ in results]
+    def _cleaned(self, sequences: Sequence[str]) -> list[bytes]:
+        if isinstance(sequences, str):
+            raise ValueError("a list of sequences is wanted, not one string: [sequence]")
+        results = [self.tokenizer.clean(sequence.encode()) for sequence in sequences]
+        if letters := sum((counts for _, counts in results), Counter()):
+            log.warning("odd letters, by the rule of moltron.tokenizers.residues.clean: %s", dict(letters))
+        return [sequence for sequence, _ in results]

@@ -1,0 +1,111 @@
+"""What RDKit says of generated molecules: whether they are any, how drug-like, how near to where they came from.
+
+Light to import: worker processes do. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FEW = 500  # molecules that are judged sooner here than in other processes
+COLUMNS, SEEDS = 6, 8  # of the picture: samples beside each seed, seeds
+
+
+class Judged(NamedTuple):
+    """smiles: canonical, "" where RDKit reads no molecule; qed: Bickerton et al. 2012, 0 … 1; similarity: Tanimoto, of
+    Morgan fingerprints (radius 2, 2,048 bits), to the nearer of the molecules it came from."""
+
+    smiles: str
+    qed: float
+    similarity: float
+
+
+@lru_cache(maxsize=1)
+def rdkit() -> Any:
+    """RDKit, quiet. Raises ValueError where it is not installed."""
+    try:
+        from rdkit import Chem, rdBase
+        from rdkit.Chem import QED, Draw, rdFingerprintGenerator  # noqa: F401
+    except ImportError as error:
+        raise ValueError("molecules need RDKit: pip install 'moltron[molecules]'") from error
+    rdBase.DisableLog("rdApp.*")
+    return Chem
+
+
+def molecule(smiles: str) -> Any:
+    """An RDKit molecule with atoms, or None."""
+    found = rdkit().MolFromSmiles(smiles) if smiles else None
+    return found if found is not None and found.GetNumAtoms() else None
+
+
+def canonical(smiles: str) -> str:
+    found = molecule(smiles)
+    return "" if found is None else rdkit().MolToSmiles(found)
+
+
+@lru_cache(maxsize=1)
+def _fingerprints() -> Any:
+    return rdkit().rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=2048)
+
+
+@lru_cache(maxsize=4096)
+def _fingerprint(smiles: str) -> Any:
+    return _fingerprints().GetFingerprint(molecule(smiles))
+
+
+def judge(pair: tuple[str, tuple[str, ...]]) -> Judged:
+    """pair: a generated SMILES, and the valid SMILES it came from."""
+    smiles, origins = pair
+    found = molecule(smiles)
+    if found is None:
+        return Judged("", 0.0, 0.0)
+    own = _fingerprints().GetFingerprint(found)
+    similarity = max(rdkit().DataStructs.TanimotoSimilarity(own, _fingerprint(origin)) for origin in origins)
+    return Judged(rdkit().MolToSmiles(found), rdkit().QED.qed(found), similarity)
+
+
+class Judges:
+    """`judge` and `canonical` over many molecules, in order; worker processes come when there is enough to do."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def map(self, function: Any, items: Sequence[Any]) -> Iterable[Any]:
+        rdkit()
+        if len(items) < FEW:
+            return map(function, items)
+        if self._pool is None:  # spawned: a process that has used CUDA must not fork
+            self._pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"))
+        return self._pool.map(function, items, chunksize=100)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def judges() -> Iterator[Judges]:
+    it = Judges()
+    try:
+        yield it
+    finally:
+        it.close()
+
+
+def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[Judged]]]) -> None:
+    """A row a seed: the seed, then different molecules made of it, with their drug-likeness and similarity."""
+    molecules, legends = [], []
+    for seed, found in rows[:SEEDS]:
+        distinct = list({j.smiles: j for j in found if j.smiles}.values())[:COLUMNS]
+        molecules += [molecule(seed), *(molecule(j.smiles) for j in distinct), *[None] * (COLUMNS - len(distinct))]
+        legends += ["seed", *(f"QED {j.qed:.2f}, similarity {j.similarity:.2f}" for j in distinct)]
+        legends += [""] * (COLUMNS - len(distinct))
+    image = rdkit().Draw.MolsToGridImage(molecules, molsPerRow=1 + COLUMNS, subImgSize=(260, 200), legends=legends)
+    image.save(path)

@@ -1,0 +1,239 @@
+"""`moltron generate`: molecules in, new ones near or between them out, and what came of it.
+
+    read_records ──clean, RDKit──> seeds ──Model.hiddens──> explore | interpolate ──> SMILES ──judge──> OUTPUT.csv
+         └── broken, too long ──> OUTPUT.csv.rejects.tsv                OUTPUT.json (report), OUTPUT.png (molecules)
+
+In memory: one chunk of seeds, and the canonical SMILES of the reference and of all that was made. What is made of a
+seed depends on its number in the input, never on how the work is cut up.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from moltron.checkpoint.weights import load_pretrained
+from moltron.common.logging import Progress, get_logger, setup_logging
+from moltron.common.manifest import write_json
+from moltron.config.schema import GenerateConfig
+from moltron.data.readers import Reject, read_records
+from moltron.data.store import Store
+from moltron.infer.api import Model
+from moltron.infer.chemistry import SEEDS, Judged, Judges, canonical, draw_grid, judge, judges, molecule
+from moltron.infer.generate import Hypothesis
+from moltron.infer.sampling import METHODS, Sampling, interpolate
+
+log = get_logger(__name__)
+INTERPOLATE = "interpolate"
+CHUNK = 50_000  # molecules generated between two writes
+COLUMNS = ("id", "input", "sample", "smiles", "valid", "log_probability", "qed", "similarity", "novel")
+
+
+class Seed(NamedTuple):
+    number: int  # of the usable records, from 0
+    id: str
+    smiles: str
+
+
+def generate(config: GenerateConfig) -> dict[str, Any]:
+    """Write the table, the picture and the report; returns the report.
+
+    Its shares: validity, valid of all generated; uniqueness, different ones of a seed's valid ones, mean over seeds;
+    novelty, of the valid ones those not in the reference and not the seed; nuv, of all generated those that are valid,
+    novel and the first of their kind of a seed. qed and similarity are means over the valid ones.
+    Raises ValueError for settings that cannot work, a model without a decoder, or an output that exists.
+    """
+    sampling = _check(config)
+    setup_logging()
+    output = Path(config.output)
+    if output.exists() and not config.overwrite:
+        raise ValueError(f"output={output} exists: choose another one or set overwrite=true")
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    model = Model(load_pretrained(config.model), device, config.precision)
+    if model.tokenizer.alphabet != "molecule":
+        raise ValueError(f"model={config.model} is of {model.tokenizer.alphabet}s: `generate` makes molecules")
+    _ = model.generator  # raises where there is no decoder
+    tally, rejected = Tally(), 0
+    partial, rejects = (output.with_name(f"{output.name}.{name}") for name in ("partial", "rejects.tsv"))
+    with ExitStack() as stack:
+        table = csv.writer(stack.enter_context(open(partial, "w", newline="", encoding="utf-8")), lineterminator="\n")
+        bad = csv.writer(stack.enter_context(open(rejects, "w", encoding="utf-8")), "excel-tab", lineterminator="\n")
+        judging = stack.enter_context(judges())
+        progress = stack.enter_context(Progress("generate", None))
+        reference = _reference(config, judging)
+        table.writerow(COLUMNS)
+        bad.writerow(["id", "source", "line", "reason"])
+        a_seed = config.num_samples if config.method == INTERPOLATE else sampling.copies * sampling.kept
+        for seeds, bad_ones in _chunks(config, model, max(1, CHUNK // a_seed)):
+            rejected += len(bad_ones)
+            bad.writerows(bad_ones)
+            if config.method == INTERPOLATE:
+                groups = _between(model, seeds, sampling, config.num_samples)
+            else:
+                groups = _near(model, seeds, sampling)
+            _write(table, groups, tally, judging, reference)
+            progress.update(tally.generated, "molecules")
+    if not tally.generated:
+        partial.unlink()
+        need = "two molecules" if config.method == INTERPOLATE else "one molecule"
+        raise ValueError(f"input={config.input} has not {need} that the model can read; see {rejects}")
+    if not rejected:
+        rejects.unlink()
+    else:
+        log.warning("%d records were rejected, see %s", rejected, rejects)
+    settings = {key: value for key, value in asdict(config).items() if key not in ("output", "overwrite")}
+    report = {**tally.report(), "rejected": rejected, "reference": config.reference or "the input", **settings}
+    write_json(output.with_suffix(".json"), report)
+    draw_grid(output.with_suffix(".png"), tally.shown)
+    os.replace(partial, output)
+    log.info("%d molecules in %s, a picture in %s", tally.generated, output, output.with_suffix(".png"))
+    return report
+
+
+def _check(config: GenerateConfig) -> Sampling:
+    between = config.method == INTERPOLATE
+    radius = config.scaled_radius if config.scaled_radius is not None else 0.0 if between else 1.0
+    sampling = Sampling(
+        METHODS[0] if between else config.method,
+        1 if between else config.num_samples,
+        radius,
+        config.top_k,
+        config.top_p,
+        config.temperature,
+        config.beam_size,
+        config.length_penalty,
+        config.max_tokens,
+        config.seed,
+    )
+    problems = [problem.replace("there are: ", f"there are: {INTERPOLATE}, ") for problem in sampling.problems()]
+    if between and config.num_samples < 1:
+        problems.append(f"num_samples={config.num_samples} must be at least 1")
+    if Path(config.output).suffix != ".csv":
+        problems.append(f"output={config.output}: the name must end in .csv")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return sampling
+
+
+def _reference(config: GenerateConfig, judging: Judges) -> set[str]:
+    """Canonical SMILES of known molecules: the reference's, or those of the input itself."""
+    if config.reference is not None and config.reference.endswith(".arrow"):  # a cluster's first is canonical already
+        store = Store.open(config.reference)
+        first = store.clusters.order[store.clusters.start] if store.clusters is not None else np.arange(len(store))
+        return {smiles for part in np.array_split(first, len(first) // 10_000 + 1) for smiles in store.texts(part)}
+    columns = (None, None) if config.reference is not None else (config.id_column, config.sequence_column)
+    records = (r for r in read_records(config.reference or config.input, *columns) if not isinstance(r, Reject))
+    return set(judging.map(canonical, [r.sequence.decode("utf-8", "replace").strip() for r in records])) - {""}
+
+
+def _chunks(config: GenerateConfig, model: Model, size: int) -> Iterator[tuple[list[Seed], list[tuple]]]:
+    """Usable records and rows of the rejects file. A chunk's last seed is the next one's first if there is a between."""
+    limit, number = model.max_residues(), 0
+    seeds: list[Seed] = []
+    rejects: list[tuple] = []
+    kept = 1 if config.method == INTERPOLATE else 0
+    for record in read_records(config.input, config.id_column, config.sequence_column):
+        if isinstance(record, Reject):
+            rejects.append((record.id, record.source, record.line, record.reason))
+            continue
+        smiles = model.tokenizer.clean(record.sequence)[0].decode("utf-8", "replace")
+        length = len(model.tokenizer.codes(smiles.encode()))
+        reason = None
+        if molecule(smiles) is None:
+            reason = "RDKit cannot read this SMILES"
+        elif length > limit:
+            reason = f"{length} tokens, the model reads {limit}"
+        if reason is not None:
+            rejects.append((record.id, record.source, record.line, reason))
+            continue
+        seeds.append(Seed(number, record.id, smiles))
+        number += 1
+        if len(seeds) == size + kept:
+            yield seeds, rejects
+            seeds, rejects = seeds[len(seeds) - kept :], []
+    if len(seeds) > kept or rejects:
+        yield seeds, rejects
+
+
+Group = tuple[str, tuple[str, ...], list[Hypothesis], list[str]]  # id, origins, what was made of them, as text
+
+
+def _near(model: Model, seeds: list[Seed], sampling: Sampling) -> Iterator[Group]:
+    hiddens = model.hiddens([seed.smiles for seed in seeds]) if seeds else []
+    found = model.explore(hiddens, sampling, np.array([seed.number for seed in seeds], dtype=np.int64))
+    for seed, hypotheses in zip(seeds, found, strict=True):
+        yield seed.id, (seed.smiles,), hypotheses, [model.tokenizer.decode(h.ids) for h in hypotheses]
+
+
+def _between(model: Model, seeds: list[Seed], sampling: Sampling, count: int) -> Iterator[Group]:
+    """Each seed and the next one."""
+    hiddens = model.hiddens([seed.smiles for seed in seeds]) if seeds else []
+    for (a, b), (seed, following) in zip(pairwise(hiddens), pairwise(seeds), strict=True):
+        numbers = seed.number * 2**20 + np.arange(count)
+        found = [h[0] for h in model.explore(interpolate(a, b, count), sampling, numbers)]
+        texts = [model.tokenizer.decode(h.ids) for h in found]
+        yield f"{seed.id} > {following.id}", (seed.smiles, following.smiles), found, texts
+
+
+def _write(table: Any, groups: Iterator[Group], tally: Tally, judging: Judges, reference: set[str]) -> None:
+    made = list(groups)
+    pairs = [(text, origins) for _, origins, _, texts in made for text in texts]
+    verdicts = iter(judging.map(judge, pairs))
+    for name, origins, hypotheses, texts in made:
+        judged = [next(verdicts) for _ in texts]
+        novel = tally.add(origins, judged, reference)
+        for i, (text, hypothesis, j, new) in enumerate(zip(texts, hypotheses, judged, novel, strict=True)):
+            valid = j.smiles != ""
+            numbers = (f"{j.qed:.3f}", f"{j.similarity:.3f}") if valid else ("", "")
+            log_p = f"{hypothesis.score:.4f}"
+            table.writerow((name, ">".join(origins), i, j.smiles or text, int(valid), log_p, *numbers, int(new)))
+
+
+class Tally:
+    """Counts for the report, and what the picture shows."""
+
+    def __init__(self) -> None:
+        self.seeds = self.generated = self.valid = self.novel = self.nuv = 0
+        self.uniqueness: list[float] = []
+        self.qed = self.similarity = 0.0
+        self.shown: list[tuple[str, list[Judged]]] = []
+
+    def add(self, origins: tuple[str, ...], judged: list[Judged], reference: set[str]) -> list[bool]:
+        """Count what was made of one seed; returns which of it are novel."""
+        own = {canonical(smiles) for smiles in origins}
+        novel = [bool(j.smiles) and j.smiles not in own and j.smiles not in reference for j in judged]
+        valid = [j.smiles for j in judged if j.smiles]
+        self.seeds += 1
+        self.generated += len(judged)
+        self.valid += len(valid)
+        self.novel += sum(novel)
+        self.nuv += len({j.smiles for j, new in zip(judged, novel, strict=True) if new})
+        if valid:
+            self.uniqueness.append(len(set(valid)) / len(valid))
+        self.qed += sum(j.qed for j in judged)
+        self.similarity += sum(j.similarity for j in judged)
+        if len(self.shown) < SEEDS:
+            self.shown.append((origins[0], judged))
+        return novel
+
+    def report(self) -> dict[str, Any]:
+        some = max(self.valid, 1)
+        return {
+            "seeds": self.seeds,
+            "generated": self.generated,
+            "validity": self.valid / max(self.generated, 1),
+            "uniqueness": float(np.mean(self.uniqueness)) if self.uniqueness else 0.0,
+            "novelty": self.novel / some,
+            "nuv": self.nuv / max(self.generated, 1),
+            "qed": self.qed / some,
+            "similarity": self.similarity / some,
+        }
