@@ -188,19 +188,17 @@ class GenerateConfig:
     input: str = literal()  # molecules to start from: CSV, .smi
     output: str = literal()  # .csv; a picture of the molecules and a report get its name
     method: str = (
-        "greedy-perturbate"  # topkp-perturbate, beam-search-{perturbate,single-sample,perturbate-sample}, interpolate
+        "greedy-perturbate"  # topkp-…, beam-search-perturbate | -single-sample | -perturbate-sample, interpolate
     )
     num_samples: int = 10  # molecules a given one; interpolate: points between two neighbours of the input
-    scaled_radius: float | None = None  # standard deviation of the noise on the hidden states; None: 1, interpolate: 0
+    scaled_radius: float | None = None  # standard deviation of the noise on hidden states; None: 1, interpolate: 0
     top_k: int = 0  # topkp-perturbate: of so many tokens; 0: of all
     top_p: float = 0.9  # topkp-perturbate: of the likeliest tokens with so much probability
     temperature: float = 1.0
     beam_size: int = 5  # beam-search-perturbate and -perturbate-sample
     length_penalty: float = 0.0  # beam searches: larger favours longer molecules
     max_tokens: int | None = None  # of a generated molecule; None: the model's
-    reference: str | None = literal(
-        None
-    )  # known molecules, for the novelty: a file, or DIR/train.arrow; None: the input
+    reference: str | None = literal(None)  # known molecules, for novelty: a file, DIR/train.arrow; None: input
     seed: int = 0
     id_column: str | None = None
     sequence_column: str | None = None

@@ -113,8 +113,8 @@ class Model:
     ) -> list[str]:
         """The sequence that each record's hidden states decode to.
 
-        hiddens: N of (L, D) as `hiddens` gives them, or (N, L, D) with mask (N, L), True where a token is. how: fields of
-        `generate.Decoding`, e.g. beams=5; none: greedy. Raises ValueError where the model has no decoder.
+        hiddens: N of (L, D) as `hiddens` gives them, or (N, L, D) with mask (N, L), True where a token is.
+        how: fields of `generate.Decoding`, e.g. beams=5; none: greedy. Raises ValueError where there is no decoder.
         """
         if mask is not None:
             hiddens = [h[m.astype(bool)] for h, m in zip(hiddens, mask, strict=True)]
@@ -133,7 +133,7 @@ class Model:
     def explore(
         self, hiddens: Sequence[np.ndarray], sampling: Sampling, records: np.ndarray | None = None
     ) -> list[list[Hypothesis]]:
-        """All that `sampling` makes of each record's hidden states. records: (N,) their numbers, which name the draws."""
+        """All that `sampling` makes of each record's hidden states. records: (N,) numbers that name their draws."""
         if problems := sampling.problems():
             raise ValueError("; ".join(problems))
         records = np.arange(len(hiddens)) if records is None else records

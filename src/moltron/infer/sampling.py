@@ -27,9 +27,9 @@ METHODS = (
 class Sampling:
     """method: one of METHODS.
 
-    greedy-perturbate: num_samples noisy copies, the likeliest tokens; topkp-perturbate: tokens drawn within top_k, top_p.
-    beam-search-perturbate: the best of beam_size beams of each noisy copy; beam-search-single-sample: one noisy copy, all
-    of num_samples beams; beam-search-perturbate-sample: num_samples noisy copies, all of beam_size beams of each.
+    greedy-perturbate: num_samples noisy copies, the likeliest tokens; topkp-perturbate: tokens drawn within top_k and
+    top_p; beam-search-perturbate: the best of beam_size beams of each noisy copy; beam-search-single-sample: one noisy
+    copy, all of num_samples beams; beam-search-perturbate-sample: num_samples noisy copies, all of beam_size beams each.
     scaled_radius: standard deviation of the noise; 0: none. Results are a function of these values, the seed and a
     record's number, not of what else is generated.
     """
