@@ -187,9 +187,7 @@ class GenerateConfig:
     model: str = literal()
     input: str = literal()  # molecules to start from: CSV, .smi
     output: str = literal()  # .csv; a picture of the molecules and a report get its name
-    method: str = (
-        "greedy-perturbate"  # topkp-…, beam-search-perturbate | -single-sample | -perturbate-sample, interpolate
-    )
+    method: str = "greedy-perturbate"  # or topkp-perturbate, beam-search-…, interpolate: docs/generation.md
     num_samples: int = 10  # molecules a given one; interpolate: points between two neighbours of the input
     scaled_radius: float | None = None  # standard deviation of the noise on hidden states; None: 1, interpolate: 0
     top_k: int = 0  # topkp-perturbate: of so many tokens; 0: of all

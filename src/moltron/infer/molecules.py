@@ -136,7 +136,7 @@ def _reference(config: GenerateConfig, judging: Judges) -> set[str]:
 
 
 def _chunks(config: GenerateConfig, model: Model, size: int) -> Iterator[tuple[list[Seed], list[tuple]]]:
-    """Usable records and rows of the rejects file. To interpolate, a chunk begins with the last seed of the one before."""
+    """Usable records, and rows of the rejects file. To interpolate, a chunk begins with the last seed before it."""
     limit, number = model.max_residues(), 0
     seeds: list[Seed] = []
     rejects: list[tuple] = []

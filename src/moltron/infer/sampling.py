@@ -29,7 +29,7 @@ class Sampling:
 
     greedy-perturbate: num_samples noisy copies, the likeliest tokens; topkp-perturbate: tokens drawn within top_k and
     top_p; beam-search-perturbate: the best of beam_size beams of each noisy copy; beam-search-single-sample: one noisy
-    copy, all of num_samples beams; beam-search-perturbate-sample: num_samples noisy copies, all of beam_size beams each.
+    copy, all of num_samples beams; beam-search-perturbate-sample: num_samples noisy copies, all beams of each.
     scaled_radius: standard deviation of the noise; 0: none. Results are a function of these values, the seed and a
     record's number, not of what else is generated.
     """
