@@ -95,7 +95,7 @@ class Trainer:
         self.val_loss: float | None = meta.get("val_loss")
         self.saved_step = self.step_done if run.meta else None
         self.reading: Reading | None = None
-        self.meter = Meter(meta.get("tokens", 0))
+        self.meter = Meter(meta.get("tokens", 0), meta.get("seconds", 0.0))
         self.scaler = LossScaler(**meta.get("scaler", {})) if run.precision == "fp16" else None
         objective = get_objective(config.objective, run.tokenizer, config.train.seed)
         self.train_step = TrainStep(
@@ -261,6 +261,7 @@ class Trainer:
                 "step": self.step_done,
                 "position": self.position,
                 "tokens": self.meter.tokens,
+                "seconds": self.meter.trained,
                 "updates": self.run_.optimizer.updates,
                 "skipped": self.skipped,
                 "best": self.best,

@@ -53,9 +53,9 @@ def perplexity(loss: float) -> float:
 class Meter:
     """Sums over a window of steps and the time that its parts took."""
 
-    def __init__(self, tokens: int = 0):
-        """tokens: real tokens of the run so far."""
-        self.tokens = tokens
+    def __init__(self, tokens: int = 0, trained: float = 0.0):
+        """tokens, trained: real tokens and seconds of the run so far, all its lives."""
+        self.tokens, self.trained = tokens, trained
         self.now = 0.0  # when the last step that was added ended
         self.reset(time.perf_counter())
 
@@ -91,7 +91,9 @@ class Meter:
         """The window's rates and shares, up to the end of the last step added; begins the next window there."""
         wall = max(self.now - self.began, 1e-9)
         seconds = max(wall - self.seconds["eval"], 1e-9)
+        self.trained += seconds
         rates = {
+            "seconds": self.trained,
             "tokens_per_second": self.window_tokens / seconds,
             "padded_tokens_per_second": self.window_padded / seconds,
             "data_wait": self.seconds["data"] / wall,

@@ -33,6 +33,7 @@ def test_meter_rates(monkeypatch):
     meter.add(tokens=500, padded=500, squares=500 * 30.0, seconds=6.0)  # ended at 10, whatever the host's clock says
     assert meter.effective_length == 30
     rates = meter.rates()
+    assert rates["seconds"] == 8 and meter.trained == 8
     assert rates["tokens_per_second"] == 800 / 8  # 10 seconds without 2 of evaluation
     assert rates["padded_tokens_per_second"] == 1000 / 8
     assert (rates["share_eval"], rates["data_wait"]) == (0.2, 0.0)
