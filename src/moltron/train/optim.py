@@ -45,16 +45,17 @@ class Muon(torch.optim.Muon):
                     parameter.mul_(decay).add_(own, alpha=-lr)
 
     def _look_ahead(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum of one matrix, whole, in bf16."""
+        """Nesterov momentum of one matrix, whole, in bf16 (on a CPU, whose batched bf16 products crawl, in fp32)."""
         assert parameter.grad is not None
         buffer = self.state[parameter]["momentum_buffer"]
         buffer.lerp_(parameter.grad, 1 - momentum)
-        update = parameter.grad.lerp(buffer, momentum).bfloat16()
+        update = parameter.grad.lerp(buffer, momentum)
+        update = update.float() if update.device.type == "cpu" else update.bfloat16()
         return update.full_tensor() if hasattr(update, "full_tensor") else update  # type: ignore[operator]
 
 
 def newton_schulz(x_KMN: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """(K, M, N) bf16 → nearest semi-orthogonal matrices, roughly: singular values land in 0.7 … 1.2 (Jordan 2024)."""
+    """(K, M, N) → nearest semi-orthogonal matrices, roughly: singular values land in 0.7 … 1.2 (Jordan 2024)."""
     a, b, c = coefficients
     tall = x_KMN.shape[-2] > x_KMN.shape[-1]
     x = x_KMN.mT if tall else x_KMN
