@@ -32,6 +32,7 @@ from moltron.data.loader import BatchLoader
 from moltron.data.plan import BatchPlan
 from moltron.data.store import Store, StoreWriter
 from moltron.infer.engine import Encoder, Wanted
+from moltron.models.batch import PackedBatch
 from moltron.models.registry import build_model, get_spec
 from moltron.objectives import get_objective
 from moltron.parallel import collectives
@@ -94,8 +95,10 @@ def build(size: str) -> torch.nn.Module:
 
 
 def flops_per_token(size: str, store: Store) -> float:
-    tokens = store.lengths[:].astype(np.float64) + 2
-    return build(size).flops_per_token(float((tokens**2).sum() / tokens.sum()))  # type: ignore[operator]
+    lengths = store.lengths[:].astype(np.int64) + 2
+    tokens = int(lengths.sum())
+    whole = PackedBatch.pack(np.zeros(tokens), lengths, tokens=tokens, pad_id=0, max_length=1024)
+    return build(size).flops(whole) / tokens  # type: ignore[operator]
 
 
 def train(size: str, store: Store, device: torch.device) -> Callable[[], int]:

@@ -30,6 +30,7 @@ from moltron.checkpoint.download import REPOSITORIES, fetch
 from moltron.checkpoint.manager import MANIFEST, find_good, load_tensors, read_manifest
 from moltron.common.manifest import read_json, staged_folder, write_json
 from moltron.config.schema import ConvertConfig
+from moltron.models.encoder import MissingHead
 from moltron.models.registry import FAMILIES, get_spec, make_config
 from moltron.models.spec import ModelSpec
 from moltron.tokenizers.residues import get_tokenizer
@@ -51,22 +52,8 @@ class Pretrained:
 
     @property
     def has_head(self) -> bool:
-        """False for an encoder without a language-model head, which embeds, but raises ValueError for logits."""
+        """False for an encoder alone and where weights brought no head: embeds, but raises ValueError for logits."""
         return not isinstance(self.model.head, MissingHead)
-
-
-class MissingHead(nn.Module):
-    """Stands where weights brought no language-model head."""
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.source = source
-
-    def forward(self, *_: Any) -> Tensor:
-        raise ValueError(
-            f"{self.source} has no language-model head (it is an encoder alone, EsmModel): it gives embeddings, but no "
-            "logits or losses; use weights of EsmForMaskedLM"
-        )
 
 
 def resolve(what: str | Path) -> tuple[str, Path]:
@@ -134,7 +121,8 @@ def _fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]], source: str) 
     if left and set(left) != head:
         raise ValueError(f"{source}: missing {', '.join(sorted(left))}")
     if left:
-        model.head = MissingHead(source)
+        publishers = "EsmForMaskedLM and T5ForConditionalGeneration do"
+        model.head = MissingHead(f"{source} has no language-model head (weights of {publishers})")
 
 
 Found = tuple[ModelSpec, Any, Iterable[tuple[str, Tensor]] | None]  # family, configuration, our names and tensors
@@ -236,9 +224,9 @@ def save_pretrained(
     folder = Path(folder).expanduser()
     if format not in ("moltron", "huggingface"):
         raise ValueError(f"format={format!r} must be huggingface or moltron")
-    if isinstance(model.head, MissingHead):
-        raise ValueError(f"{model.head.source} has no language-model head: it cannot be written as a masked LM")
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if isinstance(model.head, MissingHead) and set(state) != _parameter_names(spec, config):
+        raise ValueError(f"{model.head.why}: it cannot be written, for a head is part of this architecture")
     theirs = {"model_type": MODEL_TYPE, "family": spec.name, "config": dataclasses.asdict(config)}
     if format == "huggingface":
         theirs, state = spec.convert.write_hf(config, state)
@@ -253,8 +241,15 @@ def save_pretrained(
     return folder
 
 
+def _parameter_names(spec: ModelSpec, config: Any) -> set[str]:
+    with torch.device("meta"):
+        return {name for name, _ in spec.model(config).named_parameters()}
+
+
 def _write_tokenizer(folder: Path, config: Any) -> None:
-    """What transformers' AutoTokenizer needs to make an EsmTokenizer."""
+    """What transformers' AutoTokenizer needs to make an EsmTokenizer; a T5's is a SentencePiece file, not written."""
+    if config.tokenizer != "esm2":
+        return
     pieces = get_tokenizer(config.tokenizer).pieces
     (folder / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
     special = {f"{name}_token": f"<{name}>" for name in ("cls", "pad", "eos", "unk", "mask")}

@@ -1,20 +1,22 @@
 """Attention over packed sequences: the one place that chooses a kernel.
 
-Sequences lie end to end on one token axis; `Layout` says where each begins. `attend_qkv` never looks across a boundary,
-whatever the kernel:
+Sequences lie end to end on one token axis; `Layout` says where each begins. Nothing looks across a boundary, whatever
+the kernel: `attend_qkv` for encoders with rotary positions, `attend` for everything else (q and k of different
+streams, causal, with a bias by distance):
 
-    CUDA, fp16/bf16    Triton kernels that rotate as well (triton_attention)
-    everything else    SDPA, one call per run of neighbours of equal length (padding would change the last bits)
+    CUDA, fp16/bf16    Triton kernels (triton_attention)
+    everything else    SDPA, one call per run of neighbours of equal lengths (padding would change the last bits)
 
 Knows nothing of models or vocabularies.
 
-T tokens (packed), N heads, H head width, B sequences
+T tokens of the queries, S of the keys (packed), N heads, H head width, B sequences, Q and K tokens of one sequence
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +26,28 @@ from moltron.layers.layout import Layout
 from moltron.layers.positions import Rotary, apply_rotary
 
 # Every CUDA build of torch for Linux brings Triton, the others come without. Imported here rather than where it is
-# called, so that torch.compile finds the op registered.
+# called, so that torch.compile finds the ops registered.
 if find_spec("triton") is None:
-    packed_attention = None
+    packed_attention = packed_attend = None
 else:
-    from moltron.layers.triton_attention import packed_attention
+    from moltron.layers import triton_attention
+
+    packed_attention = triton_attention.packed_attention
+    packed_attend = getattr(triton_attention, "packed_attend", None)
+
+
+class RelativeBias(NamedTuple):
+    """Added to the score of every query and key of a sequence, by their distance.
+
+    table: (N, 2R+1) fp32; column R + clamp(k − q, −R, R) is for a key k − q tokens behind its query.
+    """
+
+    table: Tensor
+
+    def between(self, q_Q: Tensor, k_K: Tensor) -> Tensor:
+        """(N, Q, K) for positions of queries and keys."""
+        reach = self.table.shape[1] // 2
+        return self.table[:, (k_K - q_Q[:, None]).clamp(-reach, reach) + reach]
 
 
 def attend_qkv(qkv_TN3H: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
@@ -36,21 +55,77 @@ def attend_qkv(qkv_TN3H: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
 
     qkv_TN3H: as one projection writes it. Returns (T, N, H).
     """
-    half, head_dim = qkv_TN3H.dtype in (torch.float16, torch.bfloat16), qkv_TN3H.shape[-1]
-    if packed_attention and half and qkv_TN3H.is_cuda and head_dim % 8 == 0 and head_dim <= 128:
+    if packed_attention and _suits_kernels(qkv_TN3H):
         return packed_attention(qkv_TN3H, layout.tiles, rotary)
     q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
     if rotary is not None:
         q_TNH, k_TNH = apply_rotary(q_TNH, *rotary), apply_rotary(k_TNH, *rotary)
-    return _attend_by_length(q_TNH, k_TNH, v_TNH, layout.lengths)
+    return _attend_by_lengths(q_TNH, k_TNH, v_TNH, layout, layout, False, None, None)
 
 
-def _attend_by_length(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    runs = [(length, sum(1 for _ in run)) for length, run in groupby(lengths)]
-    sizes = [length * count for length, count in runs]
+def attend(
+    q_TNH: Tensor,
+    k_SNH: Tensor,
+    v_SNH: Tensor,
+    q_layout: Layout,
+    k_layout: Layout,
+    *,
+    causal: bool = False,
+    bias: RelativeBias | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax(scale · q kᵀ + bias) v, (T, N, H): sequence i of `q_layout` looks at sequence i of `k_layout`.
+
+    causal: token i sees keys 0 … i of its sequence. scale: None is 1 / √H. q, k and v may be strided views of
+    projections. A query without any key (an empty sequence of `k_layout`) gets zeros.
+    """
+    trained_bias = bias is not None and torch.is_grad_enabled() and (q_TNH.requires_grad or bias.table.requires_grad)
+    if packed_attend and _suits_kernels(q_TNH) and not trained_bias:  # its backward knows no bias
+        table = None if bias is None else bias.table
+        number = q_TNH.shape[-1] ** -0.5 if scale is None else scale
+        return packed_attend(q_TNH, k_SNH, v_SNH, q_layout, k_layout, causal=causal, bias_table=table, scale=number)
+    return _attend_by_lengths(q_TNH, k_SNH, v_SNH, q_layout, k_layout, causal, bias, scale)
+
+
+def _suits_kernels(x_TNH: Tensor) -> bool:
+    half, head_dim = x_TNH.dtype in (torch.float16, torch.bfloat16), x_TNH.shape[-1]
+    return half and x_TNH.is_cuda and head_dim % 8 == 0 and head_dim <= 128
+
+
+def _attend_by_lengths(
+    q_TNH: Tensor,
+    k_SNH: Tensor,
+    v_SNH: Tensor,
+    q_layout: Layout,
+    k_layout: Layout,
+    causal: bool,
+    bias: RelativeBias | None,
+    scale: float | None,
+) -> Tensor:
+    pairs = zip(q_layout.lengths, k_layout.lengths, strict=True)
+    runs = [(q, k, sum(1 for _ in run)) for (q, k), run in groupby(pairs)]
+    q_sizes, k_sizes = [q * count for q, _, count in runs], [k * count for _, k, count in runs]
     outs = []
-    for (length, count), q, k, v in zip(runs, q_TNH.split(sizes), k_TNH.split(sizes), v_TNH.split(sizes), strict=True):
-        q_BNLH, k_BNLH, v_BNLH = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        out_BNLH = F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH)
-        outs.append(out_BNLH.transpose(1, 2).flatten(0, 1))
+    for (q_length, k_length, count), q, k, v in zip(
+        runs, q_TNH.split(q_sizes), k_SNH.split(k_sizes), v_SNH.split(k_sizes), strict=True
+    ):
+        if not q_length:
+            continue
+        if not k_length:
+            outs.append(torch.zeros_like(q))
+            continue
+        q_BNQH = q.unflatten(0, (count, q_length)).transpose(1, 2)
+        k_BNKH, v_BNKH = (x.unflatten(0, (count, k_length)).transpose(1, 2) for x in (k, v))
+        mask_NQK = None if bias is None else _mask(bias, q_length, k_length, causal).to(q.dtype)
+        out_BNQH = F.scaled_dot_product_attention(
+            q_BNQH, k_BNKH, v_BNKH, mask_NQK, is_causal=causal and bias is None, scale=scale
+        )
+        outs.append(out_BNQH.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)
+
+
+def _mask(bias: RelativeBias, q_length: int, k_length: int, causal: bool) -> Tensor:
+    """(N, Q, K) to add to the scores; −∞ where a causal query must not look."""
+    q_Q, k_K = (torch.arange(length, device=bias.table.device) for length in (q_length, k_length))
+    mask_NQK = bias.between(q_Q, k_K)
+    return mask_NQK.masked_fill(k_K > q_Q[:, None], -torch.inf) if causal else mask_NQK

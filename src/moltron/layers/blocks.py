@@ -1,4 +1,4 @@
-"""The pre-norm Transformer block and the masked-LM head that the encoder families share.
+"""The pre-norm Transformer block and the masked-LM head that the encoder families share, and the parts of both.
 
 Knows nothing of vocabularies or families; sizes come as plain numbers.
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,12 @@ from moltron.layers.positions import Rotary, apply_rotary
 class SelfAttention(nn.Module):
     """Multi-head self-attention. Rows of `qkv` are ordered (head, {q, k, v}, H): between heads they can be cut."""
 
-    def __init__(self, hidden_size: int, num_heads: int):
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int | None = None, bias: bool = True):
+        """head_dim: None is hidden_size / num_heads."""
         super().__init__()
-        self.head_dim = hidden_size // num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.out = nn.Linear(hidden_size, hidden_size)
+        self.head_dim = head_dim or hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * num_heads * self.head_dim, bias)
+        self.out = nn.Linear(num_heads * self.head_dim, hidden_size, bias)
 
     def heads(self, x_TD: Tensor) -> Tensor:
         """(T, N, 3, H): q, k and v of every head, not rotated yet."""
@@ -46,14 +47,18 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, hidden_size: int, ffn_size: int, gelu: str):
+    """activation: "none" is the exact (erf) GELU, "tanh" its approximation, "relu"."""
+
+    def __init__(self, hidden_size: int, ffn_size: int, activation: str, bias: bool = True):
         super().__init__()
-        self.gelu = gelu
-        self.up = nn.Linear(hidden_size, ffn_size)
-        self.down = nn.Linear(ffn_size, hidden_size)
+        self.activation = activation
+        self.up = nn.Linear(hidden_size, ffn_size, bias)
+        self.down = nn.Linear(ffn_size, hidden_size, bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_TD), approximate=self.gelu))
+        x_TF = self.up(x_TD)
+        x_TF = F.relu(x_TF) if self.activation == "relu" else F.gelu(x_TF, approximate=self.activation)
+        return self.down(x_TF)
 
 
 class Block(nn.Module):
@@ -86,18 +91,19 @@ class MaskedLMHead(nn.Module):
         return F.linear(x_MD, embedding_VD, self.bias)
 
 
-def init_encoder_weights(
+def init_by_name(
     model: nn.Module,
     *,
     seed: int,
     std: float,
-    num_layers: int,
+    depths: Mapping[str, int],
     vocab_size: int,
     assign: Callable[[nn.Parameter, Tensor], None],
 ) -> None:
-    """Normal(0, std), projections into the residual stream std/√(2L), biases 0, norms 1, padding rows of `embed` 0.
+    """Normal(0, std), projections into the residual stream std/√(2L), biases 0, norms 1, the vocabulary's padding 0.
 
-    Each tensor is a function of (seed, name) alone, drawn on the CPU: the same on any device and any layout.
+    depths: L of each stack, by the prefix of its parameters' names. Each tensor is a function of (seed, name) alone,
+    drawn on the CPU: the same on any device and any layout.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
@@ -107,9 +113,10 @@ def init_encoder_weights(
         else:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            scale = std / math.sqrt(2 * num_layers) if residual else std
+            scale = std
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                scale /= math.sqrt(2 * next(depth for prefix, depth in depths.items() if name.startswith(prefix)))
             value = torch.empty(parameter.shape).normal_(0.0, scale, generator=generator)
-            if name == "embed.weight":
+            if name in ("embed.weight", "head.weight"):
                 value[vocab_size:] = 0
         assign(parameter, value)

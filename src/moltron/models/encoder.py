@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moltron.layers.blocks import Block, MaskedLMHead, init_encoder_weights
+from moltron.layers.blocks import Block, MaskedLMHead, init_by_name
 from moltron.layers.positions import Rotary
 from moltron.models.batch import Output, PackedBatch
 
@@ -26,6 +27,17 @@ def pad_to(vocab_size: int, multiple: int = 64) -> int:
 def copy_value(parameter: nn.Parameter, value: Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(value)
+
+
+class MissingHead(nn.Module):
+    """Stands where there is no language-model head. why: the beginning of the sentence that a user reads."""
+
+    def __init__(self, why: str):
+        super().__init__()
+        self.why = why
+
+    def forward(self, *_: Any) -> Tensor:
+        raise ValueError(f"{self.why}: it gives embeddings, but no logits or losses")
 
 
 class Encoder(nn.Module):
@@ -46,8 +58,8 @@ class Encoder(nn.Module):
 
     def init_weights(self, seed: int, assign: Callable[[nn.Parameter, Tensor], None] = copy_value) -> None:
         c = self.config
-        init_encoder_weights(
-            self, seed=seed, std=c.init_std, num_layers=c.num_layers, vocab_size=c.vocab_size, assign=assign
+        init_by_name(
+            self, seed=seed, std=c.init_std, depths={"layers.": c.num_layers}, vocab_size=c.vocab_size, assign=assign
         )
 
     def embed_tokens(self, batch: PackedBatch) -> tuple[Tensor, Rotary]:
@@ -73,10 +85,13 @@ class Encoder(nn.Module):
         """(M, D) after the final norm → (M, V); padding rows of the vocabulary are cut off."""
         return self.head(hidden_MD, self.embed.weight)[:, : self.config.vocab_size].contiguous()
 
-    def flops_per_token(self, effective_length: float) -> float:
-        """Training FLOPs a token: 3·(24·L·h² + 4·L·h·s), s = Σ len² / Σ len (design/performance.md)."""
+    def flops(self, batch: PackedBatch) -> float:
+        """Training FLOPs of the real tokens: 3·(24·L·h²·Σ len + 4·L·h·Σ len²) (design/performance.md)."""
         c = self.config
-        return 3 * (24 * c.num_layers * c.hidden_size**2 + 4 * c.num_layers * c.hidden_size * effective_length)
+        lengths = np.array(batch.layout.lengths[: batch.num_sequences], dtype=np.float64)
+        return (
+            3 * c.num_layers * c.hidden_size * float(24 * c.hidden_size * lengths.sum() + 4 * np.square(lengths).sum())
+        )
 
 
 def token_dropout_scale(batch: PackedBatch, mask_id: int, train_ratio: float = 0.15 * 0.8) -> Tensor:

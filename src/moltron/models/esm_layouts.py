@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moltron.models.encoder import pad_to
-from moltron.models.weightmap import SAME, Row, heads, pad_rows, read
+from moltron.models.weightmap import SAME, Row, config_problems, heads, pad_rows, read
 from moltron.tokenizers.residues import get_tokenizer
 
 log = logging.getLogger(__name__)
@@ -138,15 +138,9 @@ def fields_from_hf(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Every field is honoured, known to change nothing, or refused by name: ValueError lists all problems.
     """
-    known = {field for field, _ in FIELDS.values()} | set(REQUIRED) | OFF | set(DROPOUTS) | NEUTRAL | BY_FAMILY
-    problems = [
-        f"{name}={theirs[name]!r} is supported only as {values[0]!r}"
-        for name, values in REQUIRED.items()
-        if name in theirs and theirs[name] not in values
-    ]
-    problems += [f"{name} is missing" for name in ("vocab_size", "mask_token_id", "pad_token_id") if name not in theirs]
-    problems += [f"{name}={theirs[name]!r} is not supported" for name in sorted(OFF) if theirs.get(name)]
-    problems += [f"{name}={theirs[name]!r} is not a known field" for name in sorted(set(theirs) - known)]
+    known = {field for field, _ in FIELDS.values()} | set(DROPOUTS) | NEUTRAL | BY_FAMILY
+    needed = ("vocab_size", "mask_token_id", "pad_token_id")
+    problems = config_problems(theirs, required=REQUIRED, off=OFF, known=known, needed=needed)
     if problems:
         raise ValueError(f"{where}/config.json: {'; '.join(problems)}")
     active = [name for name in DROPOUTS if theirs.get(name)]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moltron.models import esm1, esm2
+from moltron.models import esm1, esm2, megamolbart, prott5
 from moltron.models.spec import ModelSpec
 
-FAMILIES: dict[str, ModelSpec] = {spec.name: spec for spec in (esm1.SPEC, esm2.SPEC)}
+FAMILIES: dict[str, ModelSpec] = {spec.name: spec for spec in (esm1.SPEC, esm2.SPEC, prott5.SPEC, megamolbart.SPEC)}
 
 
 def get_spec(family: str) -> ModelSpec:
@@ -40,10 +40,12 @@ def architecture_problems(family: Any, architecture: Mapping[str, Any]) -> list[
             problems.append(f"model.{name}={value!r} is not of type {field.type}")
         elif field.type == "float" and value < 0:
             problems.append(f"model.{name}={value} must not be negative")
-        elif field.type == "int" and value < 1:
-            problems.append(f"model.{name}={value} must be at least 1")
+        elif field.type == "int" and value < (least := field.metadata.get("least", 1)):
+            problems.append(f"model.{name}={value} must be at least {least}")
+        elif value not in field.metadata.get("choices", (value,)):
+            problems.append(f"model.{name}={value!r} must be one of {', '.join(field.metadata['choices'])}")
     hidden, heads = architecture.get("hidden_size"), architecture.get("num_heads")
-    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+    if not architecture.get("head_dim") and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         if hidden % heads:
             problems.append(f"model.hidden_size={hidden} is not a multiple of model.num_heads={heads}")
         elif (hidden // heads) % 2:

@@ -16,9 +16,13 @@ from moltron.models.weightmap import Conversion
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """How a model is cut, in globs over module names. Each match of `units` is one FSDP unit and compiled."""
+    """How a model is cut, in globs over module names. Each match of `units` is one FSDP unit and compiled.
+
+    methods: what else than forward is called on the model and on its units, and so has to gather weights first.
+    """
 
     units: tuple[str, ...]
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,11 @@ class ModelSpec:
     """A model family.
 
     config: frozen dataclass of the architecture, all fields plain values (they go to config.json as they are);
-        has `vocab_size`, `hidden_size`, `num_layers`, `max_positions` (int, or None where positions have no end)
-        and `tokenizer` (a name that `moltron.tokenizers.get_tokenizer` knows).
+        has `vocab_size`, `hidden_size`, `num_layers`, `max_positions`, `positions_end` (whether there are none beyond)
+        and `tokenizer` (a name that `moltron.tokenizers.get_tokenizer` knows). A field's metadata may say `least`, the
+        smallest int (else 1), and `choices`.
     model: config → nn.Module, with `forward(batch, hidden_layers=()) -> Output`, `logits(hidden) -> (…, V)`,
-        `init_weights(seed)`.
+        `init_weights(seed)`, `flops(batch)`; encoder–decoders also `encode`, `start`, `step` (encoder_decoder.py).
     convert: how its weights and configuration look in `transformers` and elsewhere, both ways.
     objectives: names of `moltron.objectives`, the first is the default.
     """

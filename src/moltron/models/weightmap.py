@@ -7,9 +7,9 @@ Tensors are read one at a time, so that a big model is never in memory twice. Kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,20 +17,28 @@ from torch import Tensor
 Weights = tuple[Any, Iterable[tuple[str, Tensor]]]  # a configuration, and the tensors under its names
 
 
+def never(_: Mapping[str, Any]) -> bool:
+    return False
+
+
+def unreadable(*_: Any) -> NoReturn:
+    raise AssertionError("a layout that is never recognised is not read")
+
+
 @dataclass(frozen=True)
 class Conversion:
-    """What a family knows of other layouts (`ModelSpec.convert`).
+    """What a family knows of other layouts (`ModelSpec.convert`); those left out it does not have.
 
     is_hf, is_fair: is this config.json of `transformers`, what this fair-esm .pt holds, of this family?
     read_hf, read_fair: (config.json, tensors, where), (what the .pt holds, where) → our config and tensors.
     write_hf: (our config, our tensors) → config.json and theirs; ValueError where there is no such layout.
     """
 
-    is_hf: Callable[[Mapping[str, Any]], bool]
-    is_fair: Callable[[Mapping[str, Any]], bool]
-    read_hf: Callable[[Mapping[str, Any], Mapping[str, Tensor], str], Weights]
-    read_fair: Callable[[Mapping[str, Any], str], Weights]
     write_hf: Callable[[Any, Mapping[str, Tensor]], tuple[dict[str, Any], dict[str, Tensor]]]
+    is_hf: Callable[[Mapping[str, Any]], bool] = never
+    read_hf: Callable[[Mapping[str, Any], Mapping[str, Tensor], str], Weights] = unreadable
+    is_fair: Callable[[Mapping[str, Any]], bool] = never
+    read_fair: Callable[[Mapping[str, Any], str], Weights] = unreadable
 
 
 class Change(NamedTuple):
@@ -43,11 +51,11 @@ class Change(NamedTuple):
 SAME = Change(lambda theirs: theirs[0], lambda ours: [ours])
 
 
-def heads(num: int) -> Change:
-    """q, k, v, each (N·H, …) ↔ (N·3·H, …) in the order (head, {q, k, v}, H)."""
+def heads(num: int, parts: int = 3) -> Change:
+    """q, k, v, each (N·H, …) ↔ (N·3·H, …) in the order (head, {q, k, v}, H); parts=2: of k and v."""
     return Change(
         lambda theirs: torch.stack([t.unflatten(0, (num, -1)) for t in theirs], dim=1).flatten(0, 2),
-        lambda ours: [t.flatten(0, 1) for t in ours.unflatten(0, (num, 3, -1)).unbind(1)],
+        lambda ours: [t.flatten(0, 1) for t in ours.unflatten(0, (num, parts, -1)).unbind(1)],
     )
 
 
@@ -87,6 +95,30 @@ def write(rows: Sequence[Row], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in ours.items():
         theirs.update(zip(table[name].theirs, table[name].change.split(tensor), strict=True))
     return theirs
+
+
+def config_problems(
+    theirs: Mapping[str, Any],
+    *,
+    required: Mapping[str, tuple],
+    off: Collection[str],
+    known: Collection[str],
+    needed: Collection[str],
+) -> list[str]:
+    """What a config.json says that a reader can neither honour nor leave aside, field by field; [] if it can be read.
+
+    required: the values that a field may have; off: fields that must be false; known: all others that are understood;
+    needed: fields that must be there.
+    """
+    problems = [
+        f"{name}={theirs[name]!r} is supported only as {values[0]!r}"
+        for name, values in required.items()
+        if name in theirs and theirs[name] not in values
+    ]
+    problems += [f"{name} is missing" for name in needed if name not in theirs]
+    problems += [f"{name}={theirs[name]!r} is not supported" for name in sorted(off) if theirs.get(name)]
+    unknown = set(theirs) - set(required) - set(off) - set(known)
+    return problems + [f"{name}={theirs[name]!r} is not a known field" for name in sorted(unknown)]
 
 
 def _some(names: Sequence[str], count: int = 6) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moltron.models.spec import ParallelPlan
@@ -61,9 +61,10 @@ def parallelize(
         settings: dict[str, Any] = dict(
             mesh=mesh, mp_policy=mixed_precision(precision), reshard_after_forward=reshard_after_forward
         )
-        for unit in units(model, plan):
-            fully_shard(unit, **settings)
-        fully_shard(model, **settings)
+        for module in (*units(model, plan), model):
+            fully_shard(module, **settings)
+            for method in plan.methods:
+                register_fsdp_forward_method(module, method)
     return model.to_empty(device=device)
 
 

@@ -95,7 +95,9 @@ class Trainer:
         self.val_loss: float | None = meta.get("val_loss")
         self.saved_step = self.step_done if run.meta else None
         self.reading: Reading | None = None
-        self.meter = Meter(meta.get("tokens", 0), meta.get("seconds", 0.0))
+        peak = peak_flops(torch.cuda.get_device_name(run.device)) if run.device.type == "cuda" else None
+        peak = peak and peak * collectives.world_size()
+        self.meter = Meter(meta.get("tokens", 0), meta.get("seconds", 0.0), peak)
         self.scaler = LossScaler(**meta.get("scaler", {})) if run.precision == "fp16" else None
         objective = get_objective(config.objective, run.tokenizer, config.train.seed)
         self.train_step = TrainStep(
@@ -144,8 +146,6 @@ class Trainer:
         self.sinks = None
         if collectives.rank() == 0:
             self.sinks = Sinks(run.folder, config.logging, dataclasses.asdict(config), self.step_done)
-        is_cuda = run.device.type == "cuda"
-        self.peak = peak_flops(torch.cuda.get_device_name(run.device)) if is_cuda else None
 
     def close(self) -> None:
         """Also after an error: what is being written is finished."""
@@ -212,7 +212,7 @@ class Trainer:
             raise NonFiniteError(self._report(reading))
         if not reading.finite and (self.scaler is None or not math.isfinite(reading.loss)):
             log.warning("Step %d skipped: loss %g, gradient norm %g", reading.step, reading.loss, reading.grad_norm)
-        self.meter.add(reading.tokens, reading.padded, reading.squares, reading.seconds)
+        self.meter.add(reading.tokens, reading.padded, reading.flops, reading.seconds)
         if not defer_line:
             if reading.step % self.config.train.log_every == 0:
                 self._write(self._line(reading))
@@ -281,12 +281,6 @@ class Trainer:
 
     def _line(self, reading: Reading) -> dict[str, Any]:
         """One metrics line, not evaluated yet; the next window begins."""
-        effective = self.meter.effective_length
-        rates = self.meter.rates()
-        mfu = None
-        if self.peak is not None:
-            flops = self.run_.model.flops_per_token(effective)  # type: ignore[operator]
-            mfu = rates["tokens_per_second"] * flops / (self.peak * collectives.world_size())
         return {
             "step": reading.step,
             "train_loss": _number(reading.loss),
@@ -297,8 +291,7 @@ class Trainer:
             "tokens": self.meter.tokens,
             "skipped": self.skipped,
             **({"loss_scale": self.scaler.scale} if self.scaler is not None else {}),
-            **rates,
-            "mfu": mfu,
+            **self.meter.rates(),
             "memory": _peak_memory(self.run_.device),
         }
 

@@ -53,16 +53,17 @@ def perplexity(loss: float) -> float:
 class Meter:
     """Sums over a window of steps and the time that its parts took."""
 
-    def __init__(self, tokens: int = 0, trained: float = 0.0):
-        """tokens, trained: real tokens and seconds of the run so far, all its lives."""
-        self.tokens, self.trained = tokens, trained
+    def __init__(self, tokens: int = 0, trained: float = 0.0, peak: float | None = None):
+        """tokens, trained: real tokens and seconds of the run so far, all its lives. peak: FLOP/s of all devices
+        together, where it is known."""
+        self.tokens, self.trained, self.peak = tokens, trained, peak
         self.now = 0.0  # when the last step that was added ended
         self.reset(time.perf_counter())
 
     def reset(self, now: float) -> None:
         self.began = self.now = now
         self.window_tokens = self.window_padded = 0
-        self.window_squares = 0.0
+        self.window_flops = 0.0
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
     @contextmanager
@@ -71,8 +72,8 @@ class Meter:
         yield
         self.seconds[name] += time.perf_counter() - began
 
-    def add(self, tokens: int, padded: int, squares: float, seconds: float | None = None) -> None:
-        """One step over all ranks: real tokens, tokens with filler, Σ len² of the real sequences.
+    def add(self, tokens: int, padded: int, flops: float, seconds: float | None = None) -> None:
+        """One step over all ranks: real tokens, tokens with filler, FLOPs of the real tokens.
 
         seconds: from the end of the step before to the end of this one; None: it has just ended.
         """
@@ -80,19 +81,14 @@ class Meter:
         self.tokens += tokens
         self.window_tokens += tokens
         self.window_padded += padded
-        self.window_squares += squares
+        self.window_flops += flops
 
-    @property
-    def effective_length(self) -> float:
-        """Σ len² / Σ len: what attention costs a token."""
-        return self.window_squares / max(self.window_tokens, 1)
-
-    def rates(self) -> dict[str, float]:
+    def rates(self) -> dict[str, float | None]:
         """The window's rates and shares, up to the end of the last step added; begins the next window there."""
         wall = max(self.now - self.began, 1e-9)
         seconds = max(wall - self.seconds["eval"], 1e-9)
         self.trained += seconds
-        rates = {
+        rates: dict[str, float | None] = {
             "seconds": self.trained,
             "tokens_per_second": self.window_tokens / seconds,
             "padded_tokens_per_second": self.window_padded / seconds,
@@ -100,6 +96,7 @@ class Meter:
             "share_compute": max(1 - sum(self.seconds.values()) / wall, 0.0),
             "share_eval": self.seconds["eval"] / wall,
             "share_checkpoint": self.seconds["checkpoint"] / wall,
+            "mfu": self.window_flops / seconds / self.peak if self.peak else None,
         }
         self.reset(self.now)
         return rates

@@ -26,7 +26,7 @@ from moltron.parallel.apply import set_gradient_sync
 from moltron.parallel.collectives import all_reduce_sum, world_size
 from moltron.train.optim import Optimizer
 
-GLOBAL = ("loss", "targets", "tokens", "padded", "squares", "stop", "grad_norm")  # of a step, over all ranks
+GLOBAL = ("loss", "targets", "tokens", "padded", "flops", "stop", "grad_norm")  # of a step, over all ranks
 
 
 class NonFiniteError(ValueError):
@@ -64,7 +64,7 @@ class Reading:
     grad_norm: float
     tokens: int
     padded: int
-    squares: float
+    flops: float
     stop: bool
     skipped: bool
     packs: list[float]
@@ -103,7 +103,7 @@ class Pending:
                 grad_norm=named["grad_norm"],
                 tokens=int(named["tokens"]),
                 padded=int(named["padded"]),
-                squares=named["squares"],
+                flops=named["flops"],
                 stop=named["stop"] > 0,
                 skipped=self.skipped,
                 packs=numbers[len(GLOBAL) :],
@@ -157,8 +157,8 @@ class TrainStep:
         """(len(GLOBAL),) float64: the sums over all ranks of what the host knows before the step; the rest is 0."""
         tokens = sum(b.num_tokens for b in batches)
         padded = sum(len(b.ids) for b in batches)
-        squares = sum(float(np.square(b.layout.lengths[: b.num_sequences], dtype=np.float64).sum()) for b in batches)
-        local = torch.tensor([0, targets, tokens, padded, squares, stop, 0], dtype=torch.float64)
+        flops = sum(self.model.flops(b) for b in batches)  # type: ignore[operator]
+        local = torch.tensor([0, targets, tokens, padded, flops, stop, 0], dtype=torch.float64)
         if self.device.type == "cuda":
             local = local.pin_memory().to(self.device, non_blocking=True)
         return all_reduce_sum(local)

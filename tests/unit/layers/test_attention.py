@@ -35,7 +35,7 @@ def compare(qkv, lengths, rotary, tolerance):
     qkv = qkv.requires_grad_()
     exact = qkv.detach().double().requires_grad_()
     weight = torch.randn(sum(lengths), *qkv.shape[1::2], device=qkv.device)
-    out = attend_qkv(qkv, layout_of(lengths).to(qkv.device), rotary)
+    out = attend_qkv(qkv, layout_of(lengths).each(lambda x: x.to(qkv.device)), rotary)
     expected = reference(exact, lengths, rotary)
     gradient, expected_gradient = (
         torch.autograd.grad((y * weight).sum(), x)[0] for y, x in ((out, qkv), (expected, exact))

@@ -24,22 +24,23 @@ def test_rewind_drops_a_torn_line_and_the_future(tmp_path):
 
 
 def test_meter_rates(monkeypatch):
-    clock = iter([0.0, 1.0, 3.0, 4.0]).__next__
+    clock = iter([0.0, 1.0, 3.0, 4.0, 10.0]).__next__
     monkeypatch.setattr(metrics.time, "perf_counter", clock)
-    meter = Meter(tokens=100)
+    meter = Meter(tokens=100, peak=2000.0)
     with meter.part("eval"):  # 2 seconds
         pass
-    meter.add(tokens=300, padded=500, squares=300 * 30.0)  # ended now, at 4
-    meter.add(tokens=500, padded=500, squares=500 * 30.0, seconds=6.0)  # ended at 10, whatever the host's clock says
-    assert meter.effective_length == 30
+    meter.add(tokens=300, padded=500, flops=3000.0)  # ended now, at 4
+    meter.add(tokens=500, padded=500, flops=5000.0, seconds=6.0)  # ended at 10, whatever the host's clock says
     rates = meter.rates()
     assert rates["seconds"] == 8 and meter.trained == 8
     assert rates["tokens_per_second"] == 800 / 8  # 10 seconds without 2 of evaluation
     assert rates["padded_tokens_per_second"] == 1000 / 8
     assert (rates["share_eval"], rates["data_wait"]) == (0.2, 0.0)
+    assert rates["mfu"] == 0.5
     assert rates["share_compute"] == pytest.approx(0.8)
     assert meter.tokens == 900
-    assert (meter.window_tokens, meter.began) == (0, 10.0)
+    assert (meter.window_tokens, meter.window_flops, meter.began) == (0, 0.0, 10.0)
+    assert Meter().rates()["mfu"] is None
 
 
 def test_peak_flops_by_name():

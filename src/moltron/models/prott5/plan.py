@@ -1,0 +1,5 @@
+"""How ProtT5 is cut: globs over module names."""
+
+from moltron.models.spec import ParallelPlan
+
+PLAN = ParallelPlan(units=("encoder.layers.*", "decoder.layers.*"), methods=("encode", "start", "step"))
