@@ -37,7 +37,7 @@ from moltron.models.registry import build_model, get_spec
 from moltron.objectives import get_objective
 from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, parallelize
-from moltron.tokenizers.residues import get_tokenizer
+from moltron.tokenizers import get_tokenizer
 from moltron.train.optim import Optimizer
 from moltron.train.step import TrainStep
 

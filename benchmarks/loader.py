@@ -32,7 +32,7 @@ from moltron.data.loader import BatchLoader
 from moltron.data.plan import BatchPlan
 from moltron.data.store import Store, StoreWriter
 from moltron.objectives import get_objective
-from moltron.tokenizers.residues import get_tokenizer
+from moltron.tokenizers import get_tokenizer
 
 
 def write_store(path: Path, num_sequences: int, seed: int = 0) -> None:

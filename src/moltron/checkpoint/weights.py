@@ -33,7 +33,7 @@ from moltron.config.schema import ConvertConfig
 from moltron.models.encoder import MissingHead
 from moltron.models.registry import FAMILIES, get_spec, make_config
 from moltron.models.spec import ModelSpec
-from moltron.tokenizers.residues import get_tokenizer
+from moltron.tokenizers import get_tokenizer
 
 SHARD_BYTES = 5 * 10**9  # the most that one safetensors file of an exported model holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

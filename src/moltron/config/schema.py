@@ -24,23 +24,40 @@ class DataConfig:
     path: str = literal()  # a folder that `moltron prepare` wrote
     cache_dir: str | None = literal(None)  # where index files go if `path` is read-only
     max_length: int = 1024  # tokens a sequence, specials included; longer ones are cropped at random
+    decoder_max_length: int | None = None  # tokens of a decoder's sequence; None: max_length
     window: int = 65536  # records packed together; the order of records is exact across windows
     clusters: bool = True  # draw a cluster, then a member, where the store has clusters
+
+    def limits(self, streams: int) -> tuple[int, ...]:
+        """Tokens of a sequence at most, of each stream."""
+        return (self.max_length, self.decoder_max_length or self.max_length)[:streams]
 
 
 @dataclass
 class BatchConfig:
-    tokens: int = 16384  # T, the fixed length of one pack, specials included
+    tokens: int = 16384  # T, the fixed length of one pack, specials included; of an encoder, where there is a decoder
+    decoder_tokens: int | None = None  # U, that of the decoder's stream; None: tokens
     packs: int = 8  # P, packs in one optimizer step over all ranks
+
+    def streams(self, streams: int) -> tuple[int, ...]:
+        """Tokens of a pack, of each stream."""
+        return (self.tokens, self.decoder_tokens or self.tokens)[:streams]
 
 
 @dataclass
 class ObjectiveConfig:
-    name: str = "masked_lm"
-    select: float = 0.15  # share of residues with a loss
-    mask: float = 0.8  # of the selected: become <mask>
-    random: float = 0.1  # of the selected: become another residue; the rest stays
-    count: str = "bernoulli"  # bernoulli: each residue by itself; floor: exactly floor(select · L) a sequence
+    name: str = "masked_lm"  # masked_lm | span_corruption | denoising
+    select: float = 0.15  # masked_lm: share of residues with a loss
+    mask: float = 0.8  # masked_lm: of the selected: become <mask>
+    random: float = 0.1  # masked_lm: of the selected: become another residue; the rest stays
+    count: str = (
+        "bernoulli"  # masked_lm: bernoulli: each residue by itself; floor: exactly floor(select · L) a sequence
+    )
+    density: float = 0.15  # span_corruption: share of residues taken out
+    mean_span: float = 3.0  # of spans, in tokens; span_corruption: 1 is BioNeMo v1's; denoising: of a Poisson
+    mask_prob: float = 0.1  # denoising: probability that a span starts at a token
+    encoder_smiles: str = "random"  # denoising: which SMILES of a molecule is read: random | canonical
+    decoder_smiles: str = "same"  # denoising: which one is written: same | canonical | random
 
 
 @dataclass

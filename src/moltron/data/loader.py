@@ -1,6 +1,6 @@
-"""From a plan to batches: gathers letters, makes ids, packs, corrupts, and does so ahead of the consumer.
+"""From a plan to batches: gathers letters, makes ids, lets the objective make packs, ahead of the consumer.
 
-    BatchPlan.bins ──Store.gather──> letters ──table──> ids ──specials──> PackedBatch ──corrupt──> Step
+    BatchPlan.bins ──Store.gather──> letters ──table──> ids ──objective.batch──> PackedBatch … ──> Step
 
 Optimizer step k is bins k·P … k·P+P−1 of the plan's stream; rank r of W builds those with index ≡ r mod W. With
 `workers` this happens in processes of their own (torch's DataLoader): a thread would take turns with the one that
@@ -24,20 +24,20 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from moltron.data.plan import BatchPlan, Bin, Position
 from moltron.data.store import Store
 from moltron.models.batch import PackedBatch
-from moltron.objectives import MaskedLM
 
 
 @dataclass(eq=False)
 class Step:
     """What one rank computes in one optimizer step.
 
-    batches: P / W packs. count: targets in them. tokens: real ones, filler not counted.
+    batches: P / W packs. count: targets in them. tokens, decoder_tokens: real ones, filler not counted.
     epoch: of the step's first bin. position: where the stream goes on after this step, over all ranks; JSON-able.
     """
 
     batches: list[PackedBatch]
     count: int
     tokens: int
+    decoder_tokens: int
     epoch: int
     position: dict[str, Any]
 
@@ -61,7 +61,6 @@ class BatchLoader(IterableDataset):
         plan: BatchPlan,
         store: Store,
         tokenizer: Any,
-        objective: MaskedLM | None,
         packs: int,
         rank: int = 0,
         world: int = 1,
@@ -75,7 +74,7 @@ class BatchLoader(IterableDataset):
             raise ValueError(
                 f"batch.packs={packs} cannot be shared equally by {world} ranks: make it a multiple of {world}"
             )
-        self.plan, self.store, self.tokenizer, self.objective = plan, store, tokenizer, objective
+        self.plan, self.store, self.objective = plan, store, plan.objective
         self.packs, self.rank, self.world, self.pin = packs, rank, world, pin
         self.epochs, self.workers, self.depth = epochs, workers, depth
         self.start = plan.load(position)
@@ -140,37 +139,28 @@ class BatchLoader(IterableDataset):
         batches = [self._batch(bin, epoch) for epoch, bin in bins[self.rank :: self.world]]
         targets = [batch.targets.numpy() for batch in batches if batch.targets is not None]
         count = sum(int(np.count_nonzero(t >= 0)) for t in targets)
-        tokens = sum(batch.num_tokens for batch in batches)
-        return Step(batches, count, tokens, bins[0][0], self.plan.dump(after))
+        tokens, decoder_tokens = sum(b.num_tokens for b in batches), sum(b.num_decoder_tokens for b in batches)
+        return Step(batches, count, tokens, decoder_tokens, bins[0][0], self.plan.dump(after))
 
     def _batch(self, bin: Bin, epoch: int) -> PackedBatch:
-        plan, tokenizer = self.plan, self.tokenizer
+        plan = self.plan
         try:
-            letters = self.store.gather(bin.records, bin.crops, bin.lengths)
-            batch = PackedBatch.pack(
-                add_specials(self._table[letters], bin.lengths, tokenizer.cls_id, tokenizer.eos_id),
-                bin.lengths + 2,
-                tokens=plan.tokens,
-                pad_id=tokenizer.pad_id,
-                max_length=plan.max_length,
-                records=bin.records,
-            )
-            if self.objective is not None:
-                batch = self.objective.corrupt(batch, epoch)
-            return batch
+            targets = None
+            if bin.targets is not None:
+                lengths = self.store.lengths[bin.targets].astype(np.int64)
+                targets = self._ids(bin.targets, np.zeros_like(lengths), lengths), lengths
+            ids = self._ids(bin.records, bin.crops, bin.lengths)
+            sizes: Any = dict(tokens=plan.tokens, limits=plan.limits, targets=targets)
+            return self.objective.batch(ids, bin.lengths, bin.records, epoch, **sizes)
         except Exception as error:
             shown = ", ".join(self.store.ids(bin.records[:8])) + (", …" if len(bin.records) > 8 else "")
             raise RuntimeError(f"cannot build the batch of records {shown} (epoch {epoch}): {error}") from error
+
+    def _ids(self, records: np.ndarray, crops: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return self._table[self.store.gather(records, crops, lengths)]
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """A job's SIGTERM goes to every process of it; the trainer saves its state and then ends the workers itself."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-
-
-def add_specials(residues: np.ndarray, lengths: np.ndarray, cls_id: int, eos_id: int) -> np.ndarray:
-    """residues: (Σ lengths,) ids, sequence after sequence -> (Σ lengths + 2 B,), each as `<cls>` residues `<eos>`."""
-    ends = np.cumsum(lengths)
-    places = np.column_stack([ends - lengths, ends]).ravel()
-    return np.insert(residues, places, np.tile([cls_id, eos_id], len(lengths)))

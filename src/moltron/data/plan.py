@@ -1,14 +1,17 @@
 """Which record goes where: the order of an epoch, the crops, and the bins of T tokens.
 
     0 … N−1 ──Permutation(seed, epoch)──> order ──cut──> windows of records ──crop──> lengths ──pack──> bins of T tokens
+                                                        objective.lengths: tokens of each stream ──┘
 
 Everything is a pure function of (seed, epoch, index): a bin is found again from its position (epoch, window, bin)
 alone, and no rank needs to know of another. Where the store has clusters and the plan uses them, an epoch is one pass
-over the clusters, and the member drawn is a function of (seed, epoch, cluster).
+over the clusters, and the member drawn is a function of (seed, epoch, cluster). A molecule's cluster holds its
+canonical SMILES first, then random ones; the objective says which of them each stream reads.
 
 Windows of an epoch hold equally many records (to within one), at most `window` of them; bins never cross a window.
 Fill is Σ lengths / (bins · T): ≥ 98 % from about 50 bins a window and T ≥ 4 · max_length on; a tiny data set, whose
-epoch is n times T long, needs ⌈n⌉ bins and fills them evenly to n / ⌈n⌉. Knows nothing of bytes, ids and masks.
+epoch is n times T long, needs ⌈n⌉ bins and fills them evenly to n / ⌈n⌉. With two streams that holds for the one that
+fills its budget first. Knows nothing of bytes, ids and masks.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from numpy.typing import NDArray
 
 from moltron.common import rng
 from moltron.data.store import Store
+from moltron.objectives import Limits, Objective
 
 I64 = NDArray[np.int64]
 EVALUATION_SEED = 0
@@ -30,11 +34,15 @@ EVALUATION_SEED = 0
 
 @dataclass(frozen=True, eq=False)
 class Bin:
-    """The sequences of one pack, longest first: of records[i] the residues crops[i] … crops[i] + lengths[i] − 1."""
+    """The sequences of one pack, longest first: of records[i] the residues crops[i] … crops[i] + lengths[i] − 1.
+
+    targets: the records that the decoder is to write, where these are others.
+    """
 
     records: I64
     crops: I64
     lengths: I64  # residues, without specials
+    targets: I64 | None = None
 
 
 class Position(NamedTuple):
@@ -48,50 +56,67 @@ class Position(NamedTuple):
 class BatchPlan:
     """An endless stream of bins over one split.
 
-    store: lengths, clusters and fingerprint are read, no sequences.
-    tokens: T, what a bin holds at most. max_length: tokens of a sequence at most, specials included; longer records
-        are cropped, each start in [0, L − crop] equally likely.
+    store: lengths, clusters, alphabet and fingerprint are read, no sequences.
+    objective: how many tokens a record takes of each stream, and which of a molecule's SMILES each reads.
+    tokens: T, or (T, U), what a bin holds at most. limits: tokens of a sequence at most; longer records are cropped,
+        each start in [0, L − crop] equally likely.
     window: records packed together. clusters: draw clusters, then members, where the store has clusters.
     shuffle: False keeps the store's order (of windows; within a window, packing mixes).
+    Raises ValueError naming every problem, e.g. molecules that are too long.
     """
 
     def __init__(
         self,
         store: Store,
-        tokens: int,
-        max_length: int,
-        num_specials: int = 2,
+        objective: Objective,
+        tokens: tuple[int, ...],
+        limits: Limits,
         window: int = 65536,
         seed: int = 0,
         clusters: bool = True,
         shuffle: bool = True,
     ):
-        problems = []
-        if max_length <= num_specials:
-            problems.append(f"data.max_length={max_length} leaves no room beside {num_specials} specials: raise it")
-        if tokens < max_length:
-            problems.append(
-                f"batch.tokens={tokens} < data.max_length={max_length}: raise batch.tokens or lower data.max_length"
-            )
-        if window < 1:
-            problems.append(f"data.window={window}: at least 1 record is needed")
-        if len(store) == 0:
-            problems.append("the data set has no records: prepare it again")
+        self.store, self.objective, self.tokens, self.limits = store, objective, tokens, limits
+        self.seed, self.shuffle = seed, shuffle
+        self.room = objective.max_residues(limits)
+        problems = self._problems(window)
         if problems:
             raise ValueError("; ".join(problems))
-        self.store, self.tokens, self.max_length, self.num_specials = store, tokens, max_length, num_specials
-        self.seed, self.shuffle = seed, shuffle
         self.clusters = store.clusters if clusters else None
         self.num_items = len(store) if self.clusters is None else len(self.clusters.count)  # records or clusters
         self.num_windows = -(-self.num_items // window)
-        drawn = self.clusters is not None
-        identity = (store.fingerprint, tokens, max_length, num_specials, window, seed, drawn, shuffle)
+        drawn, rows = self.clusters is not None, (objective.encoder_rows, objective.decoder_rows)
+        identity = (store.fingerprint, tokens, limits, self.room, window, seed, drawn, shuffle, rows)
         self.fingerprint = sha256(repr(identity).encode()).hexdigest()[:16]
 
+    def _problems(self, window: int) -> list[str]:
+        limits, problems = self.limits, []
+        if self.room < 1:
+            problems.append(f"data.max_length={limits.encoder} leaves no room beside the special tokens: raise it")
+        names = ("batch.tokens", "batch.decoder_tokens"), ("data.max_length", "data.decoder_max_length")
+        for total, one, of_pack, of_sequence in zip(self.tokens, limits, *names):
+            if one is not None and total < one:
+                problems.append(f"{of_pack}={total} < {of_sequence}={one}: raise {of_pack} or lower {of_sequence}")
+        if window < 1:
+            problems.append(f"data.window={window}: at least 1 record is needed")
+        if len(self.store) == 0:
+            problems.append("the data set has no records: prepare it again")
+        elif not self.objective.crops and self.room > 0 and int(self.store.lengths.max()) > self.room:
+            long, most = np.count_nonzero(self.store.lengths > self.room), int(self.store.lengths.max())
+            problems.append(
+                f"{long:,} of {len(self.store):,} records have more than {self.room} tokens (up to {most}) and cannot be "
+                f"cropped: prepare the data again with max_length={self.room}, or raise data.max_length"
+            )
+        return problems
+
     @classmethod
-    def evaluation(cls, store: Store, tokens: int, max_length: int, num_specials: int = 2) -> BatchPlan:
-        """All records once, in the store's order, crops by the evaluation seed; use it for one epoch."""
-        return cls(store, tokens, max_length, num_specials, seed=EVALUATION_SEED, clusters=False, shuffle=False)
+    def evaluation(cls, store: Store, objective: Objective, tokens: tuple[int, ...], limits: Limits) -> BatchPlan:
+        """All records once, in the store's order, crops by the evaluation seed; use it for one epoch.
+
+        Of molecules each once, not each of its SMILES.
+        """
+        molecules = store.alphabet == "molecule"
+        return cls(store, objective, tokens, limits, seed=EVALUATION_SEED, clusters=molecules, shuffle=False)
 
     def dump(self, position: Position) -> dict[str, Any]:
         """A position for JSON, with the plan's fingerprint to guard it."""
@@ -110,27 +135,44 @@ class BatchPlan:
 
     def window(self, epoch: int, w: int) -> list[Bin]:
         """The bins of window w of an epoch, in their final, hashed order."""
-        records = self.order(epoch, w)
+        records, targets = self.order(epoch, w)
         lengths = np.asarray(self.store.lengths[records], dtype=np.int64)
-        room = self.max_length - self.num_specials
         crops = np.zeros(len(records), dtype=np.int64)
-        long = np.flatnonzero(lengths > room)
-        starts = lengths[long] - room + 1  # this many, so that the last one reaches the end
+        long = np.flatnonzero(lengths > self.room)
+        starts = lengths[long] - self.room + 1  # this many, so that the last one reaches the end
         crops[long] = rng.bounded(rng.hash_u64(self.seed, rng.CROP, epoch, records[long]), starts)
-        lengths[long] = room
-        packs = pack_lengths(lengths + self.num_specials, self.tokens)
+        lengths[long] = self.room
+        sizes = self.objective.lengths(lengths, records, epoch, self.limits)
+        if targets is not None:
+            sizes[1] += self.store.lengths[targets] - lengths
+        packs = pack_lengths(sizes, self.tokens)
         order = np.argsort(rng.hash_u64(self.seed, rng.BINS, epoch, w, np.arange(len(packs))))
-        return [Bin(records[items], crops[items], lengths[items]) for items in (packs[b] for b in order)]
+        return [
+            Bin(records[items], crops[items], lengths[items], None if targets is None else targets[items])
+            for items in (packs[b] for b in order)
+        ]
 
-    def order(self, epoch: int, w: int) -> I64:
-        """The records of window w, in the epoch's order, before packing."""
+    def order(self, epoch: int, w: int) -> tuple[I64, I64 | None]:
+        """The records of window w, in the epoch's order, before packing; and those the decoder writes, if others."""
         n, count = self.num_items, self.num_windows
         items = np.arange(n * w // count, n * (w + 1) // count)
         if self.shuffle:
             items = rng.Permutation(n, self.seed, epoch)[items]
         if self.clusters is None:
-            return items
-        member = rng.bounded(rng.hash_u64(self.seed, rng.MEMBER, epoch, items), self.clusters.count[items])
+            return items, None
+        records = self._members(items, epoch, self.objective.encoder_rows, rng.MEMBER)
+        if self.objective.decoder_rows == "same":
+            return records, None
+        return records, self._members(items, epoch, self.objective.decoder_rows, rng.TARGET)
+
+    def _members(self, items: I64, epoch: int, which: str, stream: int) -> I64:
+        """A record of each cluster; of a molecule's, "random" is any but the first, unless that is all."""
+        assert self.clusters is not None
+        count = self.clusters.count[items]
+        member = np.zeros(len(items), dtype=np.int64)
+        if which == "random":
+            first = (count > 1) & (self.store.alphabet == "molecule")
+            member = first + rng.bounded(rng.hash_u64(self.seed, stream, epoch, items), count - first)
         return np.asarray(self.clusters.order[self.clusters.start[items] + member], dtype=np.int64)
 
     def bins(self, position: Position, epochs: int | None = None) -> Iterator[tuple[int, Bin, Position]]:
@@ -144,24 +186,33 @@ class BatchPlan:
             epoch, w, b = following
 
 
-def pack_lengths(lengths: np.ndarray, tokens: int) -> list[I64]:
-    """Indices of `lengths` (each ≤ tokens) in bins of at most `tokens`, evenly filled, longest first within a bin.
+def pack_lengths(lengths: np.ndarray, tokens: tuple[int, ...]) -> list[I64]:
+    """Indices of N sequences in bins of at most `tokens`, evenly filled, longest first within a bin.
 
-    Round after round each bin, the emptiest first, takes the longest sequence left that fits. So bins get alike mixes
-    of lengths and differ little in fill. If a sequence is left over, it starts again with more bins.
+    lengths: (S, N), the tokens that each takes of each stream, at most tokens[s] of it.
+    The stream that is fullest over all is dealt out: round after round each bin, the emptiest first, takes the longest
+    sequence left that fits. So bins get alike mixes of lengths and differ little in fill, also in the other stream. If
+    a sequence is left over, or the other stream overflows, it starts again with more bins.
     """
-    if len(lengths) == 0:
+    if lengths.shape[1] == 0:
         return []
-    order = np.argsort(lengths, kind="stable")
-    ascending = np.asarray(lengths, dtype=np.int64)[order]
-    if ascending[-1] > tokens:
-        raise ValueError(f"a sequence of {ascending[-1]} tokens does not fit into a pack of {tokens}")
-    num_bins = -(-int(ascending.sum()) // tokens)
+    for longest, budget in zip(lengths.max(1), tokens):
+        if longest > budget:
+            raise ValueError(f"a sequence of {longest} tokens does not fit into a pack of {budget}")
+    main = int((lengths.sum(1) / tokens).argmax())
+    order = np.argsort(lengths[main], kind="stable")
+    ascending = np.asarray(lengths[main][order], dtype=np.int64)
+    num_bins = -(-int(ascending.sum()) // tokens[main])
     while True:
-        bin_of, left = _deal(ascending, tokens, num_bins)
-        if not left.size:
+        bin_of, left = _deal(ascending, tokens[main], num_bins)
+        more = -(-int(ascending[left].sum()) // tokens[main])
+        if not more:
+            for row, budget in zip(lengths, tokens):
+                loads = np.bincount(bin_of, weights=row[order], minlength=num_bins)
+                more = max(more, -(-int(np.maximum(loads - budget, 0).sum()) // budget))
+        if not more:
             break
-        num_bins += -(-int(ascending[left].sum()) // tokens)
+        num_bins += more
     by_bin = np.argsort(bin_of, kind="stable")[::-1]  # reversed: bins backwards, longest first within each
     counts = np.bincount(bin_of, minlength=num_bins)[::-1]
     return [items for items in np.split(order[by_bin], np.cumsum(counts)[:-1]) if items.size]

@@ -40,22 +40,20 @@ class Evaluator:
     def __init__(
         self,
         store: Store,
-        tokenizer: ResidueTokenizer,
+        tokenizer: Tokenizer,
         objective: ObjectiveConfig,
         device: torch.device,
         *,
-        tokens: int,
-        max_length: int,
+        tokens: tuple[int, ...],
+        limits: Limits,
         packs: int | None = None,
     ):
-        """tokens: T of a pack. packs: only so many, from the beginning of the split; None: all."""
+        """tokens: T, or (T, U), of a pack. packs: only so many, from the beginning of the split; None: all."""
         self.device, self.packs = device, sys.maxsize if packs is None else packs
         self.objective = get_objective(objective, tokenizer, EVALUATION_SEED)
-        plan = BatchPlan.evaluation(store, tokens, max_length, tokenizer.num_specials)
+        plan = BatchPlan.evaluation(store, self.objective, tokens, limits)
         world, pin = world_size(), device.type == "cuda"
-        self.loader = BatchLoader(
-            plan, store, tokenizer, self.objective, packs=world, rank=rank(), world=world, epochs=1, pin=pin
-        )
+        self.loader = BatchLoader(plan, store, tokenizer, packs=world, rank=rank(), world=world, epochs=1, pin=pin)
 
     @torch.no_grad()
     def sums(self, model: nn.Module) -> tuple[float, int]:

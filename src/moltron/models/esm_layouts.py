@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moltron.models.encoder import pad_to
 from moltron.models.weightmap import SAME, Row, config_problems, heads, pad_rows, read
-from moltron.tokenizers.residues import get_tokenizer
+from moltron.tokenizers import get_tokenizer
 
 log = logging.getLogger(__name__)
 

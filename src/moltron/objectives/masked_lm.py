@@ -1,6 +1,6 @@
 """Masked language modelling: some residues become targets, and most of those are hidden from the model.
 
-    PackedBatch (true ids) ──corrupt──> PackedBatch (seen ids, targets) ──model──> Output ──loss──> (sum, count)
+    ids ──specials, pack──> PackedBatch (true ids) ──corrupt──> PackedBatch (seen ids, targets)
 
 Which residues, and what becomes of them, is a pure function of (seed, epoch, record, position), the position being
 counted in the sequence as it stands in the batch (after cropping, the leading special is 0): never of the pack, the
@@ -17,19 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from moltron.common import rng
 from moltron.config.schema import ObjectiveConfig
-from moltron.models.batch import Output, PackedBatch
+from moltron.models.batch import PackedBatch
+from moltron.objectives.streams import IGNORE, QUANTUM, Limits, Objective, surround
 
-IGNORE = -100  # the target of filler
 _NEVER = np.uint64(2**64 - 1)
 _ACTION, _LETTER = 1, 2  # counters below a residue's own bits
 
 
-class MaskedLM:
+class MaskedLM(Objective):
     """BERT's objective on residues (Devlin et al. 2019; ESM-2: 15 %, of these 80 % masked, 10 % random, 10 % kept).
 
     config.count "bernoulli": each residue is chosen by itself with probability `select`; where a sequence would be
@@ -39,17 +37,22 @@ class MaskedLM:
     tokenizer: `mask_id`, `special_ids`, `residue_ids`, `vocab_size` are used.
     """
 
-    def __init__(self, config: ObjectiveConfig, tokenizer: Any, seed: int):
+    @staticmethod
+    def problems(config: ObjectiveConfig, tokenizer: Any) -> list[str]:
         problems = []
+        if tokenizer.mask_id is None:
+            problems.append(f"objective.name=masked_lm: the vocabulary of {tokenizer.name} has no mask")
         if not 0 < config.select <= 1:
             problems.append(f"objective.select={config.select} must be in (0, 1]")
         if min(config.mask, config.random) < 0 or config.mask + config.random > 1 + 1e-9:
             problems.append(f"objective.mask={config.mask} and random={config.random} must be shares of at most 1")
         if config.count not in ("bernoulli", "floor"):
             problems.append(f"objective.count={config.count!r} must be bernoulli or floor")
-        if problems:
-            raise ValueError("; ".join(problems))
-        self.config, self.seed, self.mask_id = config, seed, tokenizer.mask_id
+        return problems
+
+    def __init__(self, config: ObjectiveConfig, tokenizer: Any, seed: int):
+        super().__init__(config, tokenizer, seed)
+        self.mask_id = tokenizer.mask_id
         self._select = rng.threshold(config.select)
         self._mask, self._random = rng.threshold(config.mask), rng.threshold(config.mask + config.random)
         self._forbidden = np.zeros(tokenizer.vocab_size, dtype=np.uint64)  # ORed to a token's bits: never the smallest
@@ -57,6 +60,25 @@ class MaskedLM:
         self._residues = np.array(tokenizer.residue_ids, dtype=np.int64)
         self._rank = np.full(tokenizer.vocab_size, -1, dtype=np.int64)  # place in `_residues`, -1: not in there
         self._rank[self._residues] = np.arange(len(self._residues))
+
+    def max_residues(self, limits: Limits) -> int:
+        return limits.encoder - self.tokenizer.num_specials
+
+    def lengths(self, lengths_N: np.ndarray, records_N: np.ndarray, epoch: int, limits: Limits) -> np.ndarray:
+        return (lengths_N + self.tokenizer.num_specials)[None]
+
+    def batch(self, ids, lengths, records, epoch, *, tokens, limits, targets=None) -> PackedBatch:
+        assert targets is None, "a masked language model predicts what it reads"
+        t = self.tokenizer
+        whole = PackedBatch.pack(
+            surround(ids, lengths, t.prefix, t.suffix),
+            lengths + t.num_specials,
+            tokens=tokens[0],
+            pad_id=t.pad_id,
+            max_length=limits.encoder,
+            records=records,
+        )
+        return self.corrupt(whole, epoch)
 
     def corrupt(self, batch: PackedBatch, epoch: int) -> PackedBatch:
         """Choose targets and hide them; `batch` itself stays as it is.
@@ -89,14 +111,8 @@ class MaskedLM:
     def num_targets(self, tokens: int, needed: int = 0) -> int:
         """M for packs of `tokens`: ten standard deviations above the mean, or the multiple of that which is needed."""
         mean = self.config.select * tokens
-        size = 64 * ceil((mean + 10 * sqrt(mean * (1 - self.config.select))) / 64)
+        size = QUANTUM * ceil((mean + 10 * sqrt(mean * (1 - self.config.select))) / QUANTUM)
         return size * max(1, ceil(needed / size))
-
-    def loss(self, output: Output, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats, summed in fp32 over the targets, and their number; both 0-dim on the device."""
-        assert output.logits is not None and batch.targets is not None, "the batch has no targets: corrupt() it first"
-        total = F.cross_entropy(output.logits.float(), batch.targets, ignore_index=IGNORE, reduction="sum")
-        return total, (batch.targets != IGNORE).sum()
 
     def _choose(self, bits: rng.U64, lengths: np.ndarray) -> np.ndarray:
         lowest = np.minimum.reduceat(bits, np.cumsum(lengths) - lengths)

@@ -62,47 +62,77 @@ def clean(sequence: bytes) -> tuple[bytes, Counter[str]]:
 class ResidueTokenizer:
     """A vocabulary of specials and one-letter residues; `pieces[id]` is a token's text.
 
-    pieces: list of str by id; table: (256,) uint8, byte -> id, `<unk>` where the vocabulary has no such letter;
-    special_ids: frozenset; residue_ids: (20,) the standard amino acids; num_specials: tokens added to a sequence.
+    pieces: list of str by id; table: (256,) uint8, code -> id, `<unk>` where the vocabulary has no such letter.
+    prefix, suffix: ids around a sequence; num_specials: how many these are; cls_id: the one before it, if there is one.
+    bos_id, eos_id: before what a decoder reads, after what it writes. sentinel_ids: in the order spans take them.
+    special_ids: frozenset; residue_ids: (20,) the standard amino acids; mask_id is None where nothing is masked.
     """
 
-    num_specials = 2
+    alphabet = "protein"
+    clean = staticmethod(clean)
 
-    def __init__(self, name: str, pieces: Iterable[str], cls: str, eos: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        pieces: Iterable[str],
+        *,
+        prefix: tuple[str, ...],
+        suffix: tuple[str, ...],
+        bos: str,
+        eos: str,
+        read_as_x: bytes = b"",
+    ) -> None:
+        """read_as_x: letters with pieces of their own whose id `X` stands for."""
         self.name = name
         self.pieces = list(pieces)
         self.vocab_size = len(self.pieces)
         ids = {piece: index for index, piece in enumerate(self.pieces)}
-        self.pad_id, self.mask_id, self.unk_id = ids["<pad>"], ids["<mask>"], ids["<unk>"]
-        self.cls_id, self.eos_id = ids[cls], ids[eos]
+        self.pad_id, self.unk_id, self.mask_id = ids["<pad>"], ids["<unk>"], ids.get("<mask>")
+        self.prefix, self.suffix = (tuple(ids[piece] for piece in pieces) for pieces in (prefix, suffix))
+        self.num_specials = len(prefix) + len(suffix)
+        self.cls_id = self.prefix[0] if prefix else None
+        self.bos_id, self.eos_id = ids[bos], ids[eos]
+        numbers = range(sum(piece.startswith("<extra_id_") for piece in ids))
+        self.sentinel_ids = np.array([ids[f"<extra_id_{i}>"] for i in numbers], dtype=np.int64)
         self.special_ids = frozenset(index for piece, index in ids.items() if len(piece) > 1)
         self.residue_ids = np.array([ids[chr(letter)] for letter in STANDARD], dtype=np.int64)
         self.table = np.full(256, self.unk_id, dtype=np.uint8)
         for piece, index in ids.items():
             if len(piece) == 1:
-                self.table[ord(piece)] = index
+                self.table[ord(piece)] = ids["X"] if ord(piece) in read_as_x else index
+
+    def codes(self, sequence: bytes) -> bytes:
+        """One byte a token, what `table` turns into ids: here the letters themselves."""
+        return sequence
 
     def encode(self, sequence: str | bytes) -> np.ndarray:
-        """-> (L + 2,) int64: `<cls>`, one id a letter as written (clean() first), `<eos>`."""
+        """-> (L + num_specials,) int64: prefix, one id a letter as written (clean() first), suffix."""
         letters = sequence.encode("ascii", "replace") if isinstance(sequence, str) else sequence
-        ids = np.empty(len(letters) + 2, dtype=np.int64)
-        ids[0], ids[-1] = self.cls_id, self.eos_id
-        ids[1:-1] = self.table[np.frombuffer(letters, dtype=np.uint8)]
-        return ids
+        ids = self.table[np.frombuffer(letters, dtype=np.uint8)]
+        return np.concatenate([self.prefix, ids, self.suffix]).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without `<cls>`, `<eos>` and `<pad>`; other specials as their names."""
-        silent = (self.cls_id, self.eos_id, self.pad_id)
+        """The text of ids, without the specials at the ends; other specials as their names."""
+        silent = (*self.prefix, *self.suffix, self.bos_id, self.eos_id, self.pad_id)
         return "".join(self.pieces[index] for index in map(int, ids) if index not in silent)
 
 
 @cache
-def get_tokenizer(name: str) -> ResidueTokenizer:
-    """ "esm2": ESM-2 and ESM-1b, 33 ids; "esm1nv": ESM-1nv, 30 ids, `<s>` and `</s>` in the roles of cls and eos."""
+def residue_tokenizer(name: str) -> ResidueTokenizer | None:
+    """esm2: ESM-2 and ESM-1b, 33 ids; esm1nv, 30 ids, `<s>` and `</s>` in the roles of cls and eos; prott5nv: the same
+    pieces and sentinels, 128 ids; prott5: Rostlab's ProtT5-XL, 128 ids. None: there is none of that name."""
+    sentinels = [f"<extra_id_{i}>" for i in range(100)]
+    nv = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", *"LASGVERTDIPKNFQYHMCWXBZUO"]
     if name == "esm2":
         pieces = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
-        return ResidueTokenizer(name, pieces, cls="<cls>", eos="<eos>")
+        return ResidueTokenizer(name, pieces, prefix=("<cls>",), suffix=("<eos>",), bos="<cls>", eos="<eos>")
     if name == "esm1nv":
-        pieces = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", *"LASGVERTDIPKNFQYHMCWXBZUO"]
-        return ResidueTokenizer(name, pieces, cls="<s>", eos="</s>")
-    raise ValueError(f"no tokenizer {name!r}: choose esm2 or esm1nv")
+        return ResidueTokenizer(name, nv, prefix=("<s>",), suffix=("</s>",), bos="<s>", eos="</s>")
+    if name == "prott5nv":
+        pieces = [*nv, "<cls>", "<sep>", *sentinels[:96]]
+        return ResidueTokenizer(name, pieces, prefix=(), suffix=(), bos="<s>", eos="</s>")
+    if name == "prott5":
+        pieces = ["<pad>", "</s>", "<unk>", *"ALGVSREDTIPKFQNYMHWCXBOUZ", *reversed(sentinels)]
+        ends = dict(prefix=(), suffix=("</s>",), bos="<pad>", eos="</s>")
+        return ResidueTokenizer(name, pieces, **ends, read_as_x=b"UZOB")  # as it was trained
+    return None

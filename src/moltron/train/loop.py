@@ -110,12 +110,12 @@ class Trainer:
             skip_nonfinite=config.train.nonfinite == "skip",
             sync_each=config.parallel.reshard_after_forward,
         )
-        tokens, max_length = config.batch.tokens, config.data.max_length
+        tokens, limits = config.batch.streams(objective.streams), config.data.limits(objective.streams)
         plan = BatchPlan(
             run.train_store,
+            objective,
             tokens,
-            max_length,
-            num_specials=run.tokenizer.num_specials,
+            Limits(*limits),
             window=config.data.window,
             seed=config.train.seed,
             clusters=config.data.clusters,
@@ -124,7 +124,6 @@ class Trainer:
             plan,
             run.train_store,
             run.tokenizer,
-            objective,
             packs=config.batch.packs,
             rank=collectives.rank(),
             world=collectives.world_size(),
@@ -140,7 +139,7 @@ class Trainer:
                 config.objective,
                 run.device,
                 tokens=tokens,
-                max_length=max_length,
+                limits=Limits(*limits),
                 packs=config.train.eval_packs,
             )
         self.sinks = None

@@ -20,7 +20,7 @@ from moltron.models.batch import PackedBatch
 from moltron.models.contacts import predict_contacts
 from moltron.models.esm2.convert import with_rotary_dtype
 from moltron.models.registry import FAMILIES, build_model, make_config
-from moltron.tokenizers.residues import get_tokenizer
+from moltron.tokenizers import get_tokenizer
 
 SEQUENCE = "MKTAYIAKQRQISFVKSHFSRQ"
 ESM2 = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 128, "max_positions": 64}

@@ -15,7 +15,7 @@ from moltron.data.loader import BatchLoader
 from moltron.data.plan import BatchPlan
 from moltron.data.store import Store, StoreWriter
 from moltron.objectives import get_objective
-from moltron.tokenizers.residues import get_tokenizer
+from moltron.tokenizers import get_tokenizer
 
 TOKENIZER = get_tokenizer("esm2")
 T, MAX_LENGTH, PACKS = 512, 128, 8

@@ -7,7 +7,7 @@ from moltron.config.schema import ObjectiveConfig
 from moltron.models.batch import Output, PackedBatch
 from moltron.objectives import get_objective
 from moltron.objectives.masked_lm import MaskedLM
-from moltron.tokenizers.residues import get_tokenizer
+from moltron.tokenizers import get_tokenizer
 
 TOKENIZERS = ["esm2", "esm1nv"]
 V1 = ObjectiveConfig(select=0.1, mask=0.5, random=0.5, count="floor")

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from moltron.tokenizers.residues import LEGAL, STANDARD, clean, get_tokenizer
+from moltron.tokenizers import get_tokenizer
+from moltron.tokenizers.residues import LEGAL, STANDARD, clean
 
 SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ", "ACDEFGHIKLMNPQRSTVWYXBUZO", "M", "AC.D-E"]
 
