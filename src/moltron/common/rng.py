@@ -22,6 +22,7 @@ CROP = 3  # where a crop begins
 BINS = 4  # the order of a window's bins
 MASK = 5  # which residues are targets, and what becomes of them
 SPLIT = 6  # train, validation, test
+VARIANT = 16  # the randomised SMILES of a molecule
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)

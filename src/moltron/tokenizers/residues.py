@@ -13,6 +13,9 @@ from functools import cache
 
 import numpy as np
 
+from moltron.tokenizers.smiles import SmilesTokenizer
+from moltron.tokenizers.tokenizer import Tokenizer
+
 STANDARD = b"ACDEFGHIKLMNPQRSTVWY"  # the 20 amino acids of the genetic code
 LEGAL = STANDARD + b"XBUZO"  # what clean() lets through
 
@@ -59,22 +62,29 @@ def clean(sequence: bytes) -> tuple[bytes, Counter[str]]:
     return sequence.translate(_TO_X), +counts
 
 
-class ResidueTokenizer:
-    """A vocabulary of specials and one-letter residues; `pieces[id]` is a token's text.
+class ResidueTokenizer(Tokenizer):
+    """One-letter residues among specials with longer names; a code is the ASCII letter.
 
-    pieces: list of str by id; table: (256,) uint8, byte -> id, `<unk>` where the vocabulary has no such letter;
-    special_ids: frozenset; residue_ids: (20,) the standard amino acids; num_specials: tokens added to a sequence.
+    residue_ids: (20,) the standard amino acids; cls_id: the first token of an encoder's input, for families with one.
     """
 
-    num_specials = 2
+    alphabet = "protein"
 
-    def __init__(self, name: str, pieces: Iterable[str], cls: str, eos: str) -> None:
+    def __init__(
+        self, name: str, pieces: Iterable[str], bos: str, eos: str, *, mask: str | None = None, ends: str = "none"
+    ) -> None:
+        """ends: which of bos and eos encode() adds: both | eos | none."""
         self.name = name
         self.pieces = list(pieces)
-        self.vocab_size = len(self.pieces)
         ids = {piece: index for index, piece in enumerate(self.pieces)}
-        self.pad_id, self.mask_id, self.unk_id = ids["<pad>"], ids["<mask>"], ids["<unk>"]
-        self.cls_id, self.eos_id = ids[cls], ids[eos]
+        self.pad_id, self.unk_id = ids["<pad>"], ids["<unk>"]
+        self.mask_id = None if mask is None else ids[mask]
+        self.bos_id, self.eos_id = ids[bos], ids[eos]
+        self.cls_id = self.bos_id
+        self.prefix = (self.bos_id,) if ends == "both" else ()
+        self.suffix = () if ends == "none" else (self.eos_id,)
+        sentinels = [ids[f"<extra_id_{i}>"] for i in range(sum("extra_id" in piece for piece in ids))]
+        self.sentinel_ids = np.array(sentinels, dtype=np.int64)
         self.special_ids = frozenset(index for piece, index in ids.items() if len(piece) > 1)
         self.residue_ids = np.array([ids[chr(letter)] for letter in STANDARD], dtype=np.int64)
         self.table = np.full(256, self.unk_id, dtype=np.uint8)
@@ -82,27 +92,34 @@ class ResidueTokenizer:
             if len(piece) == 1:
                 self.table[ord(piece)] = index
 
-    def encode(self, sequence: str | bytes) -> np.ndarray:
-        """-> (L + 2,) int64: `<cls>`, one id a letter as written (clean() first), `<eos>`."""
-        letters = sequence.encode("ascii", "replace") if isinstance(sequence, str) else sequence
-        ids = np.empty(len(letters) + 2, dtype=np.int64)
-        ids[0], ids[-1] = self.cls_id, self.eos_id
-        ids[1:-1] = self.table[np.frombuffer(letters, dtype=np.uint8)]
-        return ids
+    def clean(self, sequence: bytes) -> tuple[bytes, Counter[str]]:
+        return clean(sequence)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without `<cls>`, `<eos>` and `<pad>`; other specials as their names."""
-        silent = (self.cls_id, self.eos_id, self.pad_id)
-        return "".join(self.pieces[index] for index in map(int, ids) if index not in silent)
+    def codes(self, sequence: bytes) -> bytes:
+        return sequence
+
+
+_ESM1NV = ("<unk>", "<s>", "</s>", "<pad>", "<mask>", *"LASGVERTDIPKNFQYHMCWXBZUO")
 
 
 @cache
-def get_tokenizer(name: str) -> ResidueTokenizer:
-    """ "esm2": ESM-2 and ESM-1b, 33 ids; "esm1nv": ESM-1nv, 30 ids, `<s>` and `</s>` in the roles of cls and eos."""
+def get_tokenizer(name: str) -> Tokenizer:
+    """ "esm2": ESM-2 and ESM-1b, 33 ids; "esm1nv": ESM-1nv, 30 ids, `<s>` and `</s>` in the roles of cls and eos;
+    "prott5nv": the same 30, two specials and 96 sentinels; "prott5": ProtT5-XL, 128 ids; "megamolbart": 523 ids.
+    """
     if name == "esm2":
         pieces = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
-        return ResidueTokenizer(name, pieces, cls="<cls>", eos="<eos>")
+        return ResidueTokenizer(name, pieces, "<cls>", "<eos>", mask="<mask>", ends="both")
     if name == "esm1nv":
-        pieces = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", *"LASGVERTDIPKNFQYHMCWXBZUO"]
-        return ResidueTokenizer(name, pieces, cls="<s>", eos="</s>")
-    raise ValueError(f"no tokenizer {name!r}: choose esm2 or esm1nv")
+        return ResidueTokenizer(name, _ESM1NV, "<s>", "</s>", mask="<mask>", ends="both")
+    if name == "prott5nv":
+        pieces = [*_ESM1NV, "<cls>", "<sep>", *(f"<extra_id_{i}>" for i in range(96))]
+        return ResidueTokenizer(name, pieces, "<s>", "</s>")
+    if name == "prott5":
+        pieces = ["<pad>", "</s>", "<unk>", *"ALGVSREDTIPKFQNYMHWCXBOUZ", *(f"<extra_id_{99 - i}>" for i in range(100))]
+        tokenizer = ResidueTokenizer(name, pieces, "<pad>", "</s>", ends="eos")
+        tokenizer.table[list(b"BOUZ")] = tokenizer.table[ord("X")]  # ProtT5-XL was trained on text with X for these
+        return tokenizer
+    if name == "megamolbart":
+        return SmilesTokenizer()
+    raise ValueError(f"no tokenizer {name!r}: choose esm2, esm1nv, prott5nv, prott5 or megamolbart")
