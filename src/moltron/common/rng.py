@@ -25,6 +25,7 @@ SPLIT = 6  # train, validation, test
 NOISE = 7  # what is added to hidden states before they are decoded
 SAMPLE = 8  # tokens drawn while decoding
 TARGET = 9  # which of a molecule's SMILES a decoder writes
+VARIANT = 16  # the randomised SMILES of a molecule
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 MIX1 = np.uint64(0xBF58476D1CE4E5B9)

@@ -154,9 +154,14 @@ class PrepareConfig:
     members: str | None = literal(None)  # UniRef90 FASTA, with `mapping`
     mapping: str | None = literal(None)  # UniRef50 id <TAB> UniRef90 ids
     min_length: int = 1
-    max_length: int | None = None  # residues; longer records go to the rejects
+    max_length: int | None = None  # residues or tokens; longer go to the rejects. None: no limit; molecules: 127
     illegal: str = "x"  # unknown letters: x (become X, counted) | reject
     duplicates: str = "drop"  # equal sequences: drop (first one stays) | keep
+    variants: int = 8  # molecules: randomised SMILES beside the canonical one, drawn from in training; 0: none
+    salts: str = "keep"  # molecules of several parts: keep | strip (only the largest part stays)
+    max_weight: float | None = None  # molecules: g/mol; heavier ones go to the rejects
+    max_logp: float | None = None  # molecules: Crippen's logP; those above go to the rejects
+    workers: int | None = None  # molecules: processes; None: one a core. The result does not depend on it
     overwrite: bool = False
 
 
@@ -188,7 +193,8 @@ class EvaluateConfig:
     """moltron evaluate"""
 
     model: str = literal()
-    input: str = literal()  # FASTA, CSV, or one split of a prepared folder: DIR/val.arrow
+    input: str = literal()  # FASTA, CSV, .smi, or one split of a prepared folder: DIR/val.arrow
+    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(name="auto"))  # auto: the family's
     tokens: int | None = None
     max_length: int | None = None
     id_column: str | None = None

@@ -1,18 +1,19 @@
 """Prepared sequences on disk: one Arrow IPC file a split, read by memory map, N records in flat memory.
 
     DIR/manifest.json                        counts, settings, the SHA-256 of every file below
-    DIR/train.arrow                          columns id, sequence (plain strings: pandas, polars and duckdb read it)
+    DIR/train.arrow                          columns id, sequence (plain strings: pandas, polars and duckdb read it);
+                                             molecules: tokens too, binary, one byte a token (tokenizers: codes)
     DIR/train.clusters.{start,count,order}.npy    where there are clusters
-    DIR/train.<sha>.{starts,lengths}.npy     index: where each sequence lies in the file; here or in cache_dir
+    DIR/train.<sha>.{starts,lengths}.npy     index: where each sequence (or its tokens) lies; here or in cache_dir
     DIR/train.stamp.json                     size and time of the files whose hash was seen to be right; likewise
 
-    Store.open ──hash──> map ──> gather(rows, starts, lengths) -> letters
+    Store.open ──hash──> map ──> gather(rows, starts, lengths) -> letters, or codes where there is a column tokens
 
 What is trusted: a file is hashed in full (about 1 GB/s) when it is new, was copied or touched, i.e. when its size or
 time of change is not the stamp's; otherwise it is taken to be what it was, so opening 20 GB is immediate. `verify=True`
 always hashes. A file whose hash is not the manifest's is refused. The index has the hash of the file it describes in
 its name, so a stale one is never found, and one that the stamp does not know is compared with the file's own offsets.
-Knows nothing of tokens, batches and order.
+Knows nothing of ids, batches and order.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -30,20 +31,29 @@ import pyarrow as pa
 from moltron.common.manifest import fsync, read_json, sha256_file, write_json
 
 MANIFEST = "manifest.json"
+_CHUNK = 1 << 20  # numbers written at a time
 
 
 class StoreWriter:
     """Writes one .arrow file, batch by batch. The manifest and index come from `describe` and from opening it."""
 
-    def __init__(self, path: str | Path, alphabet: str = "protein") -> None:
+    def __init__(self, path: str | Path, alphabet: str = "protein", tokens: bool = False) -> None:
+        """tokens: with a third column, which add() must then be given."""
         fields = [pa.field(name, pa.string(), nullable=False) for name in ("id", "sequence")]
+        fields += [pa.field("tokens", pa.binary(), nullable=False)] if tokens else []
         self._schema = pa.schema(fields, metadata={"moltron.alphabet": alphabet})
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, self._schema)
 
-    def add(self, ids: Iterable[str] | pa.Array, sequences: Iterable[bytes | str] | pa.Array) -> None:
+    def add(
+        self,
+        ids: Iterable[str] | pa.Array,
+        sequences: Iterable[bytes | str] | pa.Array,
+        tokens: Iterable[bytes] | pa.Array | None = None,
+    ) -> None:
         """One record batch: at most 2 GiB of letters, some MB are best."""
-        self._writer.write_batch(pa.record_batch([ids, sequences], schema=self._schema))
+        columns = [ids, sequences] if tokens is None else [ids, sequences, tokens]
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -75,6 +85,22 @@ class Clusters:
         for file, part in zip(_cluster_files(Path(path)), (self.start, self.count, self.order)):
             np.save(file, part)
 
+    @staticmethod
+    def save_equal(path: str | Path, count: int, size: int) -> None:
+        """`count` clusters of `size` rows each, in the rows' order, beside the .arrow file `path`; in flat memory."""
+        values = ((0, size, count), (size, 0, count), (0, 1, count * size))  # first, step, how many
+        for file, (first, step, length) in zip(_cluster_files(Path(path)), values):
+            with open(file, "wb") as handle:
+                _npy_header(handle, "<i8", length)
+                for begin in range(0, length, _CHUNK):
+                    number = np.arange(begin, min(begin + _CHUNK, length), dtype="<i8")
+                    handle.write((first + step * number).data)
+
+
+def _npy_header(handle: BinaryIO, descr: str, length: int) -> None:
+    header = {"descr": descr, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(handle, header)
+
 
 def _cluster_files(path: Path) -> list[Path]:
     return [path.with_name(f"{path.stem}.clusters.{part}.npy") for part in ("start", "count", "order")]
@@ -83,7 +109,7 @@ def _cluster_files(path: Path) -> list[Path]:
 class Store:
     """One split, opened.
 
-    lengths: (N,) int32, letters a record; clusters: Clusters or None; fingerprint: hex SHA-256 of the .arrow file;
+    lengths: (N,) int32, letters a record, or codes where there is a column `tokens` (has_tokens); clusters: Clusters or None; fingerprint: hex SHA-256 of the .arrow file;
     alphabet: "protein" or "molecule".
     """
 
@@ -114,7 +140,10 @@ class Store:
         columns = reader.schema
         if columns.names[:2] != ["id", "sequence"] or any(columns.field(i).type != pa.string() for i in (0, 1)):
             raise ValueError(f"{path}: expected string columns id, sequence, found {columns.names}: prepare it again")
-        if any(batch.column(i).null_count for batch in self._batches for i in (0, 1)):
+        self.has_tokens = "tokens" in columns.names
+        if self.has_tokens and (columns.names[2:] != ["tokens"] or columns.field(2).type != pa.binary()):
+            raise ValueError(f"{path}: expected a third column tokens, binary, found {columns}: prepare it again")
+        if any(batch.column(i).null_count for batch in self._batches for i in range(len(columns))):
             raise ValueError(f"{path} has empty (null) cells: prepare it again")
         self.alphabet = (columns.metadata or {}).get(b"moltron.alphabet", b"protein").decode()
         self._first = np.cumsum([0, *(batch.num_rows for batch in self._batches)])  # row of each batch, and their end
@@ -137,7 +166,8 @@ class Store:
         return [self._batches[b].column(0)[row].as_py() for b, row in zip(batch, (rows - self._first[batch]).tolist())]
 
     def gather(self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Letters `starts[i] … starts[i] + lengths[i]` of record `rows[i]`, one after the other -> (Σ lengths,) uint8.
+        """Letters, or codes, `starts[i] … starts[i] + lengths[i]` of record `rows[i]`, one after the other
+        -> (Σ lengths,) uint8.
 
         Raises: IndexError where that leaves a record.
         """
@@ -151,7 +181,10 @@ class Store:
         return np.frombuffer(bytearray().join(crops), dtype=np.uint8)
 
     def sequence(self, row: int) -> bytes:
-        return self.gather(np.array([row]), np.array([0]), self.lengths[[row]]).tobytes()
+        """The text of one record."""
+        self._check_rows(np.array([row]))
+        batch = int(np.searchsorted(self._first, row, side="right")) - 1
+        return self._batches[batch].column(1)[row - int(self._first[batch])].as_buffer().to_pybytes()
 
     def _check_rows(self, rows: np.ndarray) -> None:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
@@ -181,9 +214,9 @@ class Store:
         return (starts, lengths) if starts.shape == lengths.shape == (len(self),) else None
 
     def _spans(self, base: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of each record batch: where its sequences start in the file (int64), their lengths (int32)."""
+        """Of each record batch: where its sequences, or tokens, start in the file (int64), their lengths (int32)."""
         for batch in self._batches:
-            _, offsets, letters = batch.column(1).buffers()
+            _, offsets, letters = batch.column(2 if self.has_tokens else 1).buffers()
             place = np.frombuffer(offsets, np.int32, batch.num_rows + 1) if batch.num_rows else np.zeros(1, np.int32)
             address = letters.address if letters is not None and letters.size else base
             if not base <= address <= base + len(self._view):
@@ -202,8 +235,7 @@ class Store:
         for part, (file, kind) in enumerate(zip(files, ("<i8", "<i4"))):
             partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
             with open(partial, "wb") as handle:
-                header = {"descr": kind, "fortran_order": False, "shape": (len(self),)}
-                np.lib.format.write_array_header_1_0(handle, header)
+                _npy_header(handle, kind, len(self))
                 for spans in self._spans(base):
                     handle.write(spans[part].astype(kind, copy=False).data)
             fsync(partial)

@@ -1,9 +1,9 @@
-"""Loss of a masked language model on records it has not seen: a run's validation split, or any file.
+"""Loss of a model's objective on records it has not seen: a run's validation split, or any file.
 
     FASTA | CSV ──clean──> temporary Store ─┐   plan, masks of seed 0
     DIR/val.arrow ─────────Store────────────┴──> packs, shared out over ranks ──model──> Σ loss / Σ targets
 
-Masks, crops and packing are the trainer's own (`BatchPlan.evaluation`, `MaskedLM`), so a run's val_loss and
+Masks, crops and packing are the trainer's own (`BatchPlan.evaluation`, the objective), so a run's val_loss and
 `moltron evaluate` agree. Every rank runs equally many packs (empty ones at the end), since FSDP's ranks gather weights
 together.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,12 +26,12 @@ from moltron.common.logging import get_logger
 from moltron.config.schema import EvaluateConfig, ObjectiveConfig
 from moltron.data.loader import BatchLoader
 from moltron.data.plan import EVALUATION_SEED, BatchPlan
-from moltron.data.readers import Reject, read_records
+from moltron.data.readers import Record, Reject, read_records
 from moltron.data.store import Store, StoreWriter
 from moltron.infer.api import Model
-from moltron.objectives import get_objective
+from moltron.objectives import Limits, get_objective
 from moltron.parallel.collectives import all_reduce_sum, init, rank, world_size
-from moltron.tokenizers.residues import ResidueTokenizer, clean
+from moltron.tokenizers import Tokenizer
 
 log = get_logger(__name__)
 
@@ -80,40 +82,50 @@ class Evaluator:
 def evaluate_file(config: EvaluateConfig) -> dict[str, float | int]:
     """{"loss": nats a target, "perplexity", "targets", "sequences"} of a file. Under torchrun the ranks share the work.
 
-    Records longer than `max_length` are cropped as in training. Raises ValueError where a record is broken.
+    Records longer than `max_length` are cropped as in training (molecules are an error). Raises ValueError where a
+    record is broken.
     """
     device = init(config.device)
     model = Model(load_pretrained(config.model), device, config.precision, config.tokens)
     max_length = model.max_residues(config.max_length) + model.tokenizer.num_specials
-    tokens = max(model.encoder.tokens, max_length)
-    objective = ObjectiveConfig(name=model.spec.objectives[0])
+    objective = config.objective
+    if objective.name == "auto":
+        objective = replace(objective, name=model.spec.objectives[0])
+    tokens, limits = max(model.encoder.tokens, max_length), Limits(max_length, max_length)
     with tempfile.TemporaryDirectory() as folder:
-        path = config.input if config.input.endswith(".arrow") else _write_store(config, Path(folder, "records.arrow"))
+        file = Path(folder, "records.arrow")
+        path = config.input if config.input.endswith(".arrow") else _write_store(config, model.tokenizer, file)
         store = Store.open(path)
-        evaluator = Evaluator(store, model.tokenizer, objective, device, tokens=tokens, max_length=max_length)
+        evaluator = Evaluator(store, model.tokenizer, objective, device, tokens=(tokens, tokens), limits=limits)
         loss_sum, targets = evaluator.sums(model.module)
+        count = evaluator.loader.plan.num_items
     if not targets:
         raise ValueError(f"input={config.input} has no residues to predict")
     loss = loss_sum / targets
-    return {"loss": loss, "perplexity": math.exp(loss), "targets": targets, "sequences": len(store)}
+    return {"loss": loss, "perplexity": math.exp(loss), "targets": targets, "sequences": count}
 
 
-def _write_store(config: EvaluateConfig, path: Path) -> Path:
-    """All records of a FASTA or CSV file, cleaned."""
-    ids, sequences, odd = [], [], 0
-    with StoreWriter(path) as writer:
-        for record in read_records(config.input, config.id_column, config.sequence_column):
-            sequence, letters = (b"", {}) if isinstance(record, Reject) else clean(record.sequence)
-            if not sequence:
-                reason = record.reason if isinstance(record, Reject) else "no residues"
-                raise ValueError(f"{record.source}, line {record.line}, record {record.id!r}: {reason}")
-            odd += sum(letters.values())
-            ids.append(record.id)
-            sequences.append(sequence)
-            if len(ids) == 10_000:
-                writer.add(ids, sequences)
-                ids, sequences = [], []
-        writer.add(ids, sequences)
+def _write_store(config: EvaluateConfig, tokenizer: Tokenizer, path: Path) -> Path:
+    """All records of a FASTA, CSV or SMILES file, cleaned."""
+    is_molecule, odd = tokenizer.alphabet == "molecule", 0
+    with StoreWriter(path, tokenizer.alphabet, tokens=is_molecule) as writer:
+        for records in _batches(config):
+            ids, sequences = [], []
+            for record in records:
+                sequence, letters = (b"", {}) if isinstance(record, Reject) else tokenizer.clean(record.sequence)
+                if not sequence:
+                    reason = record.reason if isinstance(record, Reject) else "no residues"
+                    raise ValueError(f"{record.source}, line {record.line}, record {record.id!r}: {reason}")
+                odd += sum(letters.values())
+                ids.append(record.id)
+                sequences.append(sequence)
+            writer.add(ids, sequences, [tokenizer.codes(s) for s in sequences] if is_molecule else None)
     if odd:
         log.warning("%d odd letters were mended by the rule of moltron.tokenizers.clean", odd)
     return path
+
+
+def _batches(config: EvaluateConfig) -> Iterator[list[Record | Reject]]:
+    records = read_records(config.input, config.id_column, config.sequence_column)
+    while some := list(islice(records, 10_000)):
+        yield some

@@ -13,6 +13,9 @@ from functools import cache
 
 import numpy as np
 
+from moltron.tokenizers.smiles import SmilesTokenizer
+from moltron.tokenizers.tokenizer import Tokenizer
+
 STANDARD = b"ACDEFGHIKLMNPQRSTVWY"  # the 20 amino acids of the genetic code
 LEGAL = STANDARD + b"XBUZO"  # what clean() lets through
 
@@ -59,80 +62,64 @@ def clean(sequence: bytes) -> tuple[bytes, Counter[str]]:
     return sequence.translate(_TO_X), +counts
 
 
-class ResidueTokenizer:
-    """A vocabulary of specials and one-letter residues; `pieces[id]` is a token's text.
+class ResidueTokenizer(Tokenizer):
+    """One-letter residues among specials with longer names; a code is the ASCII letter.
 
-    pieces: list of str by id; table: (256,) uint8, code -> id, `<unk>` where the vocabulary has no such letter.
-    prefix, suffix: ids around a sequence; num_specials: how many these are; cls_id: the one before it, if there is one.
-    bos_id, eos_id: before what a decoder reads, after what it writes. sentinel_ids: in the order spans take them.
-    special_ids: frozenset; residue_ids: (20,) the standard amino acids; mask_id is None where nothing is masked.
+    residue_ids: (20,) the standard amino acids; cls_id: the first token of an encoder's input, for families with one.
     """
 
     alphabet = "protein"
-    clean = staticmethod(clean)
 
     def __init__(
-        self,
-        name: str,
-        pieces: Iterable[str],
-        *,
-        prefix: tuple[str, ...],
-        suffix: tuple[str, ...],
-        bos: str,
-        eos: str,
-        read_as_x: bytes = b"",
+        self, name: str, pieces: Iterable[str], bos: str, eos: str, *, mask: str | None = None, ends: str = "none"
     ) -> None:
-        """read_as_x: letters with pieces of their own whose id `X` stands for."""
+        """ends: which of bos and eos encode() adds: both | eos | none."""
         self.name = name
         self.pieces = list(pieces)
-        self.vocab_size = len(self.pieces)
         ids = {piece: index for index, piece in enumerate(self.pieces)}
-        self.pad_id, self.unk_id, self.mask_id = ids["<pad>"], ids["<unk>"], ids.get("<mask>")
-        self.prefix, self.suffix = (tuple(ids[piece] for piece in pieces) for pieces in (prefix, suffix))
-        self.num_specials = len(prefix) + len(suffix)
-        self.cls_id = self.prefix[0] if prefix else None
+        self.pad_id, self.unk_id = ids["<pad>"], ids["<unk>"]
+        self.mask_id = None if mask is None else ids[mask]
         self.bos_id, self.eos_id = ids[bos], ids[eos]
-        numbers = range(sum(piece.startswith("<extra_id_") for piece in ids))
-        self.sentinel_ids = np.array([ids[f"<extra_id_{i}>"] for i in numbers], dtype=np.int64)
+        self.cls_id = self.bos_id
+        self.prefix = (self.bos_id,) if ends == "both" else ()
+        self.suffix = () if ends == "none" else (self.eos_id,)
+        sentinels = [ids[f"<extra_id_{i}>"] for i in range(sum("extra_id" in piece for piece in ids))]
+        self.sentinel_ids = np.array(sentinels, dtype=np.int64)
         self.special_ids = frozenset(index for piece, index in ids.items() if len(piece) > 1)
         self.residue_ids = np.array([ids[chr(letter)] for letter in STANDARD], dtype=np.int64)
         self.table = np.full(256, self.unk_id, dtype=np.uint8)
         for piece, index in ids.items():
             if len(piece) == 1:
-                self.table[ord(piece)] = ids["X"] if ord(piece) in read_as_x else index
+                self.table[ord(piece)] = index
+
+    def clean(self, sequence: bytes) -> tuple[bytes, Counter[str]]:
+        return clean(sequence)
 
     def codes(self, sequence: bytes) -> bytes:
-        """One byte a token, what `table` turns into ids: here the letters themselves."""
         return sequence
 
-    def encode(self, sequence: str | bytes) -> np.ndarray:
-        """-> (L + num_specials,) int64: prefix, one id a letter as written (clean() first), suffix."""
-        letters = sequence.encode("ascii", "replace") if isinstance(sequence, str) else sequence
-        ids = self.table[np.frombuffer(letters, dtype=np.uint8)]
-        return np.concatenate([self.prefix, ids, self.suffix]).astype(np.int64)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without the specials at the ends; other specials as their names."""
-        silent = (*self.prefix, *self.suffix, self.bos_id, self.eos_id, self.pad_id)
-        return "".join(self.pieces[index] for index in map(int, ids) if index not in silent)
+_ESM1NV = ("<unk>", "<s>", "</s>", "<pad>", "<mask>", *"LASGVERTDIPKNFQYHMCWXBZUO")
 
 
 @cache
-def residue_tokenizer(name: str) -> ResidueTokenizer | None:
-    """esm2: ESM-2 and ESM-1b, 33 ids; esm1nv, 30 ids, `<s>` and `</s>` in the roles of cls and eos; prott5nv: the same
-    pieces and sentinels, 128 ids; prott5: Rostlab's ProtT5-XL, 128 ids. None: there is none of that name."""
-    sentinels = [f"<extra_id_{i}>" for i in range(100)]
-    nv = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", *"LASGVERTDIPKNFQYHMCWXBZUO"]
+def get_tokenizer(name: str) -> Tokenizer:
+    """ "esm2": ESM-2 and ESM-1b, 33 ids; "esm1nv": ESM-1nv, 30 ids, `<s>` and `</s>` in the roles of cls and eos;
+    "prott5nv": the same 30, two specials and 96 sentinels; "prott5": ProtT5-XL, 128 ids; "megamolbart": 523 ids.
+    """
     if name == "esm2":
         pieces = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
-        return ResidueTokenizer(name, pieces, prefix=("<cls>",), suffix=("<eos>",), bos="<cls>", eos="<eos>")
+        return ResidueTokenizer(name, pieces, "<cls>", "<eos>", mask="<mask>", ends="both")
     if name == "esm1nv":
-        return ResidueTokenizer(name, nv, prefix=("<s>",), suffix=("</s>",), bos="<s>", eos="</s>")
+        return ResidueTokenizer(name, _ESM1NV, "<s>", "</s>", mask="<mask>", ends="both")
     if name == "prott5nv":
-        pieces = [*nv, "<cls>", "<sep>", *sentinels[:96]]
-        return ResidueTokenizer(name, pieces, prefix=(), suffix=(), bos="<s>", eos="</s>")
+        pieces = [*_ESM1NV, "<cls>", "<sep>", *(f"<extra_id_{i}>" for i in range(96))]
+        return ResidueTokenizer(name, pieces, "<s>", "</s>")
     if name == "prott5":
-        pieces = ["<pad>", "</s>", "<unk>", *"ALGVSREDTIPKFQNYMHWCXBOUZ", *reversed(sentinels)]
-        ends = dict(prefix=(), suffix=("</s>",), bos="<pad>", eos="</s>")
-        return ResidueTokenizer(name, pieces, **ends, read_as_x=b"UZOB")  # as it was trained
-    return None
+        pieces = ["<pad>", "</s>", "<unk>", *"ALGVSREDTIPKFQNYMHWCXBOUZ", *(f"<extra_id_{99 - i}>" for i in range(100))]
+        tokenizer = ResidueTokenizer(name, pieces, "<pad>", "</s>", ends="eos")
+        tokenizer.table[list(b"BOUZ")] = tokenizer.table[ord("X")]  # ProtT5-XL was trained on text with X for these
+        return tokenizer
+    if name == "megamolbart":
+        return SmilesTokenizer()
+    raise ValueError(f"no tokenizer {name!r}: choose esm2, esm1nv, prott5nv, prott5 or megamolbart")

@@ -26,7 +26,7 @@ from moltron.config.schema import TrainConfig
 from moltron.data.loader import BatchLoader
 from moltron.data.plan import BatchPlan
 from moltron.infer.evaluate import Evaluator
-from moltron.objectives import get_objective
+from moltron.objectives import Limits, get_objective
 from moltron.parallel import collectives
 from moltron.train.metrics import Meter, Sinks, peak_flops, perplexity
 from moltron.train.setup import Run, build_run

@@ -32,10 +32,11 @@ from moltron.config.schema import TrainConfig
 from moltron.data.store import Store
 from moltron.models.registry import architecture_problems, build_model, get_spec, make_config
 from moltron.models.spec import ModelSpec, num_parameters
+from moltron.objectives import OBJECTIVES
 from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, load_full_state, parallelize
 from moltron.parallel.precision import DTYPES, resolve_precision
-from moltron.tokenizers import ResidueTokenizer, get_tokenizer
+from moltron.tokenizers import Tokenizer, get_tokenizer
 from moltron.train import optim, schedule
 
 log = get_logger(__name__)
@@ -71,7 +72,7 @@ class Run:
     spec: ModelSpec
     architecture: Any  # the family's config dataclass
     model: nn.Module
-    tokenizer: ResidueTokenizer
+    tokenizer: Tokenizer
     train_store: Store
     val_store: Store | None
     optimizer: optim.Optimizer
@@ -91,8 +92,10 @@ def validate(config: TrainConfig, world: int) -> list[str]:
     b, d, t, o, s, c = config.batch, config.data, config.train, config.optim, config.optim.schedule, config.checkpoint
     positive = {
         "batch.tokens": b.tokens,
+        "batch.decoder_tokens": b.decoder_tokens,
         "batch.packs": b.packs,
         "data.max_length": d.max_length,
+        "data.decoder_max_length": d.decoder_max_length,
         "data.window": d.window,
         "train.max_steps": t.max_steps,
         "train.log_every": t.log_every,
@@ -138,10 +141,6 @@ def validate(config: TrainConfig, world: int) -> list[str]:
     if b.packs > 0 and b.packs % world:
         near = max(world, round(b.packs / world) * world)
         problems.append(f"batch.packs={b.packs} cannot be shared equally by {world} processes: set batch.packs={near}")
-    if 0 < b.tokens < d.max_length:
-        problems.append(
-            f"batch.tokens={b.tokens} < data.max_length={d.max_length}: raise batch.tokens or lower data.max_length"
-        )
     if s.name == "noam" and s.warmup_steps == 0:
         problems.append("optim.schedule.name=noam needs optim.schedule.warmup_steps > 0")
     if not (Path(d.path) / "train.arrow").is_file():
@@ -162,15 +161,28 @@ def _model_problems(config: TrainConfig) -> list[str]:
     known = get_spec(family).objectives
     if config.objective.name not in known:
         problems.append(f"objective.name={config.objective.name} does not suit {family}: choose {', '.join(known)}")
-    end = model_config.max_positions if getattr(model_config, "positions_end", True) else None
-    if end is not None and config.data.max_length > end:
+        return problems
+    tokenizer, kind = get_tokenizer(model_config.tokenizer), OBJECTIVES[config.objective.name]
+    problems += kind.problems(config.objective, tokenizer)
+    if kind.streams == 2 and not model_config.num_decoder_layers:
+        problems.append(f"model.num_decoder_layers=0: {config.objective.name} trains a decoder")
+    end = model_config.max_positions if model_config.positions_end else None
+    for key, length in zip(("data.max_length", "data.decoder_max_length"), config.data.limits(kind.streams)):
+        if end is not None and length > end:
+            problems.append(
+                f"{key}={length} > model.max_positions={end}: lower {key}, or raise model.max_positions (new weights "
+                "only)"
+            )
+    for key, tokens, length in zip(
+        ("tokens", "decoder_tokens"), config.batch.streams(kind.streams), config.data.limits(kind.streams)
+    ):
+        if 0 < tokens < length:
+            of_sequence = "data.max_length" if key == "tokens" else "data.decoder_max_length"
+            problems.append(f"batch.{key}={tokens} < {of_sequence}={length}: raise batch.{key} or lower {of_sequence}")
+    if config.data.max_length <= tokenizer.num_specials:
         problems.append(
-            f"data.max_length={config.data.max_length} > model.max_positions={end}: lower data.max_length, or raise "
-            "model.max_positions (new weights only)"
+            f"data.max_length={config.data.max_length} leaves no residue beside {tokenizer.num_specials} special tokens"
         )
-    specials = get_tokenizer(model_config.tokenizer).num_specials
-    if config.data.max_length <= specials:
-        problems.append(f"data.max_length={config.data.max_length} leaves no residue beside {specials} special tokens")
     return problems
 
 
@@ -278,6 +290,9 @@ def _open_stores(config: TrainConfig) -> dict[str, Store]:
                 if file.is_file():
                     stores[split] = Store.open(file, config.data.cache_dir)
         collectives.barrier()
+    alphabet = get_tokenizer(make_config(*_model_section(config)).tokenizer).alphabet  # type: ignore[arg-type]
+    if stores["train"].alphabet != alphabet:
+        raise ValueError(f"{stores['train'].path} holds {stores['train'].alphabet}s, the model reads {alphabet}s")
     if not len(stores["train"]):
         raise ValueError(f"{stores['train'].path} has no records: prepare the data again")
     if "val" in stores and not len(stores["val"]):

@@ -65,7 +65,7 @@ def test_specials_and_residues(name):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="esm2 or esm1nv"):
+    with pytest.raises(ValueError, match="esm2, esm1nv, prott5nv, prott5 or megamolbart"):
         get_tokenizer("esm3")
 
 

@@ -10,9 +10,11 @@ import pyarrow as pa
 
 
 class Statistics:
-    """Counts lengths and letters, batch by batch, exactly."""
+    """Counts lengths and letters, batch by batch, exactly. names: of the 256 codes, where they are tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: list[str] | None = None) -> None:
+        self._names = names or [chr(code) for code in range(256)]
+        self.unit = "tokens" if names else "residues"
         self.lengths = np.zeros(1, dtype=np.int64)  # records by length
         self.letters = np.zeros(256, dtype=np.int64)
 
@@ -35,7 +37,7 @@ class Statistics:
         bins = np.add.reduceat(np.append(self.lengths, np.zeros(edges[-1], np.int64))[: edges[-1]], edges[:-1])
         return {
             "records": total,
-            "residues": int(self.letters.sum()),
+            self.unit: int(self.letters.sum()),
             "lengths": {
                 "min": int(there[0]),
                 "max": longest,
@@ -44,11 +46,11 @@ class Statistics:
                 **{f"p{p}": int(np.searchsorted(cumulative, total * p / 100)) for p in (1, 5, 25, 50, 75, 95, 99)},
                 "histogram": {"edges": edges, "counts": bins.tolist()},
             },
-            "alphabet": {chr(c): int(self.letters[c]) for c in np.argsort(-self.letters) if self.letters[c]},
+            "alphabet": {self._names[c]: int(self.letters[c]) for c in np.argsort(-self.letters) if self.letters[c]},
         }
 
 
-def draw_lengths(path: Path, splits: dict[str, Statistics], alphabet: str) -> None:
+def draw_lengths(path: Path, splits: dict[str, Statistics]) -> None:
     """A picture of the lengths of each split; those beyond the 99.5th percentile share the last bar."""
     from matplotlib.figure import Figure  # half a second to import: not for everyone who reads a store
 
@@ -60,8 +62,7 @@ def draw_lengths(path: Path, splits: dict[str, Statistics], alphabet: str) -> No
     for axes, (name, statistics) in zip(rows, splits.items()):
         lengths = np.flatnonzero(statistics.lengths)
         axes.hist(np.minimum(lengths, end), bins=min(60, end), range=(0, end), weights=statistics.lengths[lengths])
-        title = f"{name}: {statistics.lengths.sum():,} records, {statistics.letters.sum():,} letters"
-        letters = "residues" if alphabet == "protein" else "characters of SMILES"
+        title = f"{name}: {statistics.lengths.sum():,} records, {statistics.letters.sum():,} {statistics.unit}"
         axes.set_title(title, loc="left")
-        axes.set(xlabel=f"{letters}; the last bar holds all from {end}", ylabel="records")
+        axes.set(xlabel=f"{statistics.unit}; the last bar holds all from {end}", ylabel="records")
     figure.savefig(path, dpi=120)

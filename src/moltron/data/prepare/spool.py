@@ -1,6 +1,6 @@
 """Pass 1: every record of every input, cleaned, into one temporary Arrow file; in memory only keys, 17 bytes a record.
 
-    Source ──Record──> clean | canonical SMILES ──> spool.arrow (id, sequence, line)
+    Source ──Record──> clean | molecules.canonicalize ──> spool.arrow (id, sequence, line)
            ──Reject──────────────────────────────> rejects.tsv
 
 Knows nothing of splits.
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +21,14 @@ import pyarrow as pa
 from moltron.common.logging import Progress
 from moltron.config.schema import PrepareConfig
 from moltron.data.prepare.keys import key
-from moltron.data.readers import Reject, Source
+from moltron.data.prepare.molecules import CHUNK, LONGEST, Workers, canonicalize
+from moltron.data.readers import Record, Reject, Source
 from moltron.tokenizers.residues import clean
 
 _SCHEMA = pa.schema([("id", pa.string()), ("sequence", pa.string()), ("line", pa.int64())])
 _BATCH_ROWS, _BATCH_LETTERS = 1 << 16, 8 << 20  # a record batch is full with either
+Prepared = tuple[Record | Reject, bytes, int, str | None]  # as read; sequence, length, problem
+Item = TypeVar("Item")
 
 
 class Rejects:
@@ -45,12 +49,15 @@ class Rejects:
 class Spool:
     """Rows 0 … N-1 in the order read. `role` says which input a row came from; see splits."""
 
-    def __init__(self, path: Path, config: PrepareConfig, rejects: Rejects, progress: Progress) -> None:
+    def __init__(
+        self, path: Path, config: PrepareConfig, rejects: Rejects, progress: Progress, workers: Workers
+    ) -> None:
         self.sources: list[dict[str, Any]] = []  # for the manifest
         self.cleaning: Counter[str] = Counter()
         self.kind = config.kind
         self.num_read = 0  # rejects included
         self._config, self._rejects, self._progress, self._path = config, rejects, progress, path
+        self._workers = workers
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, _SCHEMA)
         self._batches: list[tuple[int, str]] = []  # rows and source of each record batch
@@ -65,24 +72,24 @@ class Spool:
                     raise ValueError(
                         f"{file} looks like kind={source.kind}, the input before it like {self.kind}: set kind"
                     )
+                _check_kind(self._config, self.kind)
                 self._read(source, role)
                 self.sources.append(source.describe())
 
     def _read(self, source: Source, role: int) -> None:
         config, rejects = self._config, self._rejects
-        prepare = _canonicalizer() if self.kind == "molecule" else self._clean
-        longest = config.max_length or 1 << 31
+        molecules = self.kind == "molecule"
+        longest = config.max_length or (LONGEST if molecules else 1 << 31)
         ids, sequences, lines, letters = [], [], [], 0
-        for item in source.records():
+        for item, sequence, length, problem in (self._molecules if molecules else self._proteins)(source.records()):
             self.num_read += 1
             if isinstance(item, Reject):
                 rejects.add(*item)
                 continue
-            sequence, problem = prepare(item.sequence)
-            if problem is None and len(sequence) < config.min_length:
+            if problem is None and length < config.min_length:
                 problem = f"shorter than min_length={config.min_length}"
-            elif problem is None and len(sequence) > longest:
-                problem = f"longer than max_length={config.max_length}"
+            elif problem is None and length > longest:
+                problem = f"longer than max_length={longest}"
             if problem is not None:
                 rejects.add(item.id, problem, item.source, item.line)
                 continue
@@ -96,6 +103,28 @@ class Spool:
                 self._flush([ids, sequences, lines], source, role)
                 ids, sequences, lines, letters = [], [], [], 0
         self._flush([ids, sequences, lines], source, role)
+
+    def _proteins(self, items: Iterator[Record | Reject]) -> Iterator[Prepared]:
+        for item in items:
+            if isinstance(item, Reject):
+                yield item, b"", 0, None
+            else:
+                sequence, problem = self._clean(item.sequence)
+                yield item, sequence, len(sequence), problem
+
+    def _molecules(self, items: Iterator[Record | Reject]) -> Iterator[Prepared]:
+        tasks = ((chunk, [i.sequence for i in chunk if isinstance(i, Record)]) for chunk in batched(items, CHUNK))
+        for chunk, results in self._workers.map(canonicalize, tasks, self._config):
+            found = iter(results)
+            for item in chunk:
+                if isinstance(item, Reject):
+                    yield item, b"", 0, None
+                    continue
+                molecule = next(found)
+                if molecule.changes:
+                    self.cleaning.update(molecule.changes)
+                    self.cleaning["records"] += 1
+                yield item, molecule.smiles, molecule.length, molecule.problem
 
     def _clean(self, sequence: bytes) -> tuple[bytes, str | None]:
         cleaned, changes = clean(sequence)
@@ -135,20 +164,17 @@ class Spool:
                 first += rows
 
 
-def _canonicalizer() -> Callable[[bytes], tuple[bytes, str | None]]:
-    """-> function: a SMILES -> (canonical SMILES, None) or (b"", reason). Raises: ValueError without RDKit."""
-    try:
-        from rdkit import Chem, rdBase
-    except ImportError as error:
-        raise ValueError("kind=molecule needs RDKit: pip install 'moltron[molecules]'") from error
-    rdBase.DisableLog("rdApp.*")  # its messages have no line numbers; ours do
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
 
-    def canonical(smiles: bytes) -> tuple[bytes, str | None]:
-        molecule = Chem.MolFromSmiles(smiles.decode("ascii", "replace").strip())
-        if molecule is None:
-            return b"", "RDKit cannot read this SMILES"
-        if not molecule.GetNumAtoms():
-            return b"", "a molecule without atoms"
-        return Chem.MolToSmiles(molecule).encode(), None
 
-    return canonical
+def _check_kind(config: PrepareConfig, kind: str | None) -> None:
+    """Raises: ValueError for settings that the other kind has."""
+    if kind == "molecule" and config.variants and (config.clusters or config.mapping):
+        raise ValueError("a molecule's variants are a cluster: with clusters or mapping set variants=0")
+    only = {"salts": "keep", "max_weight": None, "max_logp": None}
+    wrong = [f"{name}={getattr(config, name)}" for name, default in only.items() if getattr(config, name) != default]
+    if kind != "molecule" and wrong:
+        raise ValueError(f"{', '.join(wrong)}: for molecules, and the input looks like kind={kind}: set kind=molecule")
