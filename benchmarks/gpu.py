@@ -34,7 +34,7 @@ from moltron.data.store import Store, StoreWriter
 from moltron.infer.engine import Encoder, Wanted
 from moltron.models.batch import PackedBatch
 from moltron.models.registry import build_model, get_spec
-from moltron.objectives import get_objective
+from moltron.objectives import Limits, get_objective
 from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, parallelize
 from moltron.tokenizers import get_tokenizer
@@ -111,8 +111,8 @@ def train(size: str, store: Store, device: torch.device) -> Callable[[], int]:
     step = TrainStep(
         model, objective.loss, optimizer, device, clip=1.0, scaler=None, skip_nonfinite=False, sync_each=False
     )
-    plan = BatchPlan(store, tokens, 1024, seed=0)
-    stream = iter(BatchLoader(plan, store, tokenizer, objective, packs=1, pin=True, workers=1))
+    plan = BatchPlan(store, objective, (tokens,), Limits(1024), seed=0)
+    stream = iter(BatchLoader(plan, store, tokenizer, packs=1, pin=True, workers=1))
     pending: list[Any] = []
 
     def one() -> int:

@@ -104,8 +104,8 @@ class BatchPlan:
         elif not self.objective.crops and self.room > 0 and int(self.store.lengths.max()) > self.room:
             long, most = np.count_nonzero(self.store.lengths > self.room), int(self.store.lengths.max())
             problems.append(
-                f"{long:,} of {len(self.store):,} records have more than {self.room} tokens (up to {most}) and cannot be "
-                f"cropped: prepare the data again with max_length={self.room}, or raise data.max_length"
+                f"{long:,} of {len(self.store):,} records have more than {self.room} tokens (up to {most}) and cannot "
+                f"be cropped: prepare the data again with max_length={self.room}, or raise data.max_length"
             )
         return problems
 

@@ -14,7 +14,7 @@ from moltron.config.schema import ObjectiveConfig
 from moltron.data.loader import BatchLoader
 from moltron.data.plan import BatchPlan
 from moltron.data.store import Store, StoreWriter
-from moltron.objectives import get_objective
+from moltron.objectives import Limits, MaskedLM, get_objective
 from moltron.tokenizers import get_tokenizer
 
 TOKENIZER = get_tokenizer("esm2")
@@ -38,10 +38,26 @@ def store(tmp_path_factory, sequences):
     return Store.open(path)
 
 
-def make(store, objective=True, seed=7, packs=PACKS, **kwargs):
-    plan = BatchPlan(store, T, MAX_LENGTH, window=150, seed=seed)
-    learned = get_objective(ObjectiveConfig(), TOKENIZER, seed) if objective else None
-    return BatchLoader(plan, store, TOKENIZER, learned, packs=packs, **kwargs)
+LIMITS = Limits(MAX_LENGTH)
+
+
+def learned(seed=7):
+    return get_objective(ObjectiveConfig(), TOKENIZER, seed)
+
+
+def make(store, objective=None, seed=7, packs=PACKS, **kwargs):
+    plan = BatchPlan(store, objective or learned(seed), (T,), LIMITS, window=150, seed=seed)
+    return BatchLoader(plan, store, TOKENIZER, packs=packs, **kwargs)
+
+
+class Untouched(MaskedLM):
+    """Batches as they are before anything is masked."""
+
+    def __init__(self):
+        super().__init__(ObjectiveConfig(), TOKENIZER, 0)
+
+    def corrupt(self, batch, epoch):
+        return batch
 
 
 def contents(batch):
@@ -83,7 +99,7 @@ def test_resume_from_every_position_is_equal_to_the_bit(store):
 
 
 def test_batches_hold_the_records_letters(store, sequences):
-    for step in first_steps(make(store, objective=False), 10):
+    for step in first_steps(make(store, Untouched()), 10):
         assert step.count == 0
         for batch in step.batches:
             assert batch.ids.shape == (T,) and (batch.ids[batch.num_tokens :] == TOKENIZER.pad_id).all()
@@ -101,9 +117,8 @@ def test_counts_are_those_of_the_batches(store):
 
 @pytest.mark.parametrize("world", [1, 4])
 def test_one_epoch_ends_with_every_record_seen_and_ranks_in_step(store, world):
-    plan = BatchPlan.evaluation(store, T, MAX_LENGTH)
-    objective = get_objective(ObjectiveConfig(), TOKENIZER, 0)
-    build = lambda rank: BatchLoader(plan, store, TOKENIZER, objective, packs=4, rank=rank, world=world, epochs=1)  # noqa: E731
+    plan = BatchPlan.evaluation(store, learned(0), (T,), LIMITS)
+    build = lambda rank: BatchLoader(plan, store, TOKENIZER, packs=4, rank=rank, world=world, epochs=1)  # noqa: E731
     ranks = [list(build(rank)) for rank in range(world)]
     assert len({len(steps) for steps in ranks}) == 1
     batches = [b for steps in ranks for step in steps for b in step.batches]
@@ -143,12 +158,15 @@ def test_breaking_off_ends_the_workers_and_a_jobs_sigterm_does_not(store):
 def test_a_process_ends_though_its_loader_was_never_closed(store):
     """The workers ignore SIGTERM, by which Python ends them: once it waited for them without end."""
     program = f"""
+from moltron.config.schema import ObjectiveConfig
 from moltron.data.loader import BatchLoader
 from moltron.data.plan import BatchPlan
 from moltron.data.store import Store
+from moltron.objectives import Limits, get_objective
 from moltron.tokenizers import get_tokenizer
-store = Store.open({str(store.path)!r})
-steps = iter(BatchLoader(BatchPlan(store, 512, 128), store, get_tokenizer("esm2"), None, packs=1, workers=1))
+store, tokenizer = Store.open({str(store.path)!r}), get_tokenizer("esm2")
+plan = BatchPlan(store, get_objective(ObjectiveConfig(), tokenizer, 0), (512,), Limits(128))
+steps = iter(BatchLoader(plan, store, tokenizer, packs=1, workers=1))
 next(steps)
 raise RuntimeError("of the consumer")
 """
@@ -158,14 +176,13 @@ raise RuntimeError("of the consumer")
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_reaches_the_consumer_with_the_records_ids(store, workers):
-    class Fails:
+    class Fails(Untouched):
         def corrupt(self, batch, epoch):
             raise ZeroDivisionError("odd batch")
 
-    plan = BatchPlan(store, T, MAX_LENGTH)
-    first = next(BatchLoader(plan, store, TOKENIZER, None, packs=1).steps()).batches[0]
+    first = next(make(store, packs=1).steps()).batches[0]
     with pytest.raises(RuntimeError, match=rf"records {store.ids(first.records[:1])[0]}, .*odd batch"):
-        next(iter(BatchLoader(plan, store, TOKENIZER, Fails(), packs=1, workers=workers)))
+        next(iter(make(store, Fails(), packs=1, workers=workers)))
 
 
 @pytest.mark.gpu

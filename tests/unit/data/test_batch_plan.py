@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from moltron.data.plan import BatchPlan, Position, pack_lengths
+from moltron.config.schema import ObjectiveConfig
+from moltron.data import plan as plans
+from moltron.data.plan import Position
+from moltron.objectives import Limits, get_objective
+from moltron.tokenizers import get_tokenizer
+
+MASKED_LM = get_objective(ObjectiveConfig(), get_tokenizer("esm2"), 0)
 
 
 class Records:
@@ -14,9 +20,18 @@ class Records:
 
     def __init__(self, lengths, clusters=None, fingerprint="a"):
         self.lengths, self.clusters, self.fingerprint = np.asarray(lengths, dtype=np.int32), clusters, fingerprint
+        self.alphabet = "protein"
 
     def __len__(self):
         return len(self.lengths)
+
+
+def BatchPlan(store, tokens, max_length, **kwargs):  # one stream
+    return plans.BatchPlan(store, MASKED_LM, (tokens,), Limits(max_length), **kwargs)
+
+
+def pack_lengths(lengths, tokens):
+    return plans.pack_lengths(lengths[None], (tokens,))
 
 
 def uniref_like(n, seed=0):
@@ -86,13 +101,13 @@ def test_each_record_once_an_epoch_in_another_order(window):
     for epoch in range(3):
         records = np.concatenate([b.records for e, b, _ in plan.bins(Position(), 3) if e == epoch])
         assert np.array_equal(np.sort(records), np.arange(500))
-        orders.append(np.concatenate([plan.order(epoch, w) for w in range(plan.num_windows)]))
+        orders.append(np.concatenate([plan.order(epoch, w)[0] for w in range(plan.num_windows)]))
     assert all((a == b).mean() < 0.05 for a, b in [orders[:2], orders[1:]])
 
 
 def test_windows_are_equally_large():
     plan = BatchPlan(Records(uniref_like(1001)), 4096, 1024, window=100)
-    sizes = {len(plan.order(0, w)) for w in range(plan.num_windows)}
+    sizes = {len(plan.order(0, w)[0]) for w in range(plan.num_windows)}
     assert plan.num_windows == 11 and sizes == {91}
 
 
@@ -174,8 +189,8 @@ def test_a_position_of_another_plan_is_refused():
 
 def test_evaluation_takes_the_records_in_order():
     store = clustered(np.array([3, 1, 4, 1, 5, 9]))
-    plan = BatchPlan.evaluation(store, 4096, 1024)
-    assert plan.order(0, 0).tolist() == list(range(23))
+    plan = plans.BatchPlan.evaluation(store, MASKED_LM, (4096,), Limits(1024))
+    assert plan.order(0, 0)[0].tolist() == list(range(23))
     records = np.concatenate([b.records for _, b, _ in plan.bins(Position(), 1)])
     assert sorted(records.tolist()) == list(range(23))
 
@@ -185,5 +200,5 @@ def test_all_problems_are_reported_at_once():
         BatchPlan(Records([]), 512, 1024, window=0)
     for part in ("batch.tokens=512 < data.max_length=1024", "no records", "window=0"):
         assert part in str(error.value)
-    with pytest.raises(ValueError, match="no room beside 2 specials"):
+    with pytest.raises(ValueError, match="no room beside the special tokens"):
         BatchPlan(Records([5]), 512, 2)
