@@ -18,7 +18,7 @@ from moltron.models.batch import PackedBatch
 from moltron.models.registry import FAMILIES, build_model, get_spec
 from moltron.parallel.apply import compile_units, units
 
-LENGTHS, DECODER_LENGTHS = [23, 9, 170, 23, 7], [5, 31, 140, 5, 1]
+LENGTHS, DECODER_LENGTHS = [5, 5, 23, 170, 7], [3, 3, 31, 140, 1]
 T5 = {**TINY, "architecture": "t5", "head_dim": 16, "relative_buckets": 12, "relative_reach": 50, "tokenizer": "prott5"}
 FAMILY_ROWS = {
     "prott5 (ProtT5nv)": dict(family="prott5", architecture={**TINY, "max_positions": 192}, names="64ac6230e505"),
