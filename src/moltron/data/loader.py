@@ -148,7 +148,7 @@ class BatchLoader(IterableDataset):
         try:
             letters = self.store.gather(bin.records, bin.crops, bin.lengths)
             batch = PackedBatch.pack(
-                add_specials(self._table[letters], bin.lengths, tokenizer.cls_id, tokenizer.eos_id),
+                add_specials(self._table[letters], bin.lengths, tokenizer.bos_id, tokenizer.eos_id),
                 bin.lengths + 2,
                 tokens=plan.tokens,
                 pad_id=tokenizer.pad_id,

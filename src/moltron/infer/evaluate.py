@@ -29,7 +29,7 @@ from moltron.data.store import Store, StoreWriter
 from moltron.infer.api import Model
 from moltron.objectives import get_objective
 from moltron.parallel.collectives import all_reduce_sum, init, rank, world_size
-from moltron.tokenizers.residues import ResidueTokenizer, clean
+from moltron.tokenizers import Tokenizer, clean
 
 log = get_logger(__name__)
 
@@ -40,7 +40,7 @@ class Evaluator:
     def __init__(
         self,
         store: Store,
-        tokenizer: ResidueTokenizer,
+        tokenizer: Tokenizer,
         objective: ObjectiveConfig,
         device: torch.device,
         *,

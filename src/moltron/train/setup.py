@@ -35,7 +35,7 @@ from moltron.models.spec import ModelSpec, num_parameters
 from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, load_full_state, parallelize
 from moltron.parallel.precision import DTYPES, resolve_precision
-from moltron.tokenizers import ResidueTokenizer, get_tokenizer
+from moltron.tokenizers import Tokenizer, get_tokenizer
 from moltron.train import optim, schedule
 
 log = get_logger(__name__)
@@ -71,7 +71,7 @@ class Run:
     spec: ModelSpec
     architecture: Any  # the family's config dataclass
     model: nn.Module
-    tokenizer: ResidueTokenizer
+    tokenizer: Tokenizer
     train_store: Store
     val_store: Store | None
     optimizer: optim.Optimizer
