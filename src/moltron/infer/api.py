@@ -128,7 +128,8 @@ class Model:
 
     def interpolate(self, first: str, second: str, num_interpolations: int = 11, **how: Any) -> list[str]:
         """What the points between two sequences decode to, the ends left out. how: as in `decode`."""
-        return self.decode(interpolate(*self.hiddens([first, second]), num_interpolations), **how)
+        one, other = self.hiddens([first, second])
+        return self.decode(interpolate(one, other, num_interpolations), **how)
 
     def explore(
         self, hiddens: Sequence[np.ndarray], sampling: Sampling, records: np.ndarray | None = None

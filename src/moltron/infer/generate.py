@@ -216,12 +216,12 @@ class Generator:
         size, width, limit = len(keys), settings.beams, self.limit(settings)
         cache = self.model.start(memory_TD, layout, limit)
         cache.select(torch.arange(size, device=self.device).repeat_interleave(width))
-        full = dict(dtype=torch.int64, device=self.device)
         live = torch.full((size, width), -math.inf, dtype=torch.float64, device=self.device)
         live[:, 0] = 0.0  # all beams are the same at first: one counts
         best = torch.full_like(live, -math.inf)
-        live_ids, best_ids = (torch.full((size, width, limit), self.eos_id, **full) for _ in range(2))
-        ids = torch.full((size * width,), self.bos_id, **full)
+        live_ids = torch.full((size, width, limit), self.eos_id, dtype=torch.int64, device=self.device)
+        best_ids = live_ids.clone()
+        ids = torch.full((size * width,), self.bos_id, dtype=torch.int64, device=self.device)
         offsets = torch.arange(size, device=self.device)[:, None] * width
         for step in range(limit):
             log_p = self.model.step(ids, cache).float().log_softmax(-1).double().unflatten(0, (size, width))
