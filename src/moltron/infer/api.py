@@ -23,7 +23,7 @@ from moltron.infer.windows import POLICIES, cut, merge, stitch
 from moltron.models.batch import PackedBatch
 from moltron.models.contacts import predict_contacts
 from moltron.models.spec import num_parameters
-from moltron.tokenizers.residues import clean, get_tokenizer
+from moltron.tokenizers import get_tokenizer
 
 log = get_logger(__name__)
 
@@ -78,7 +78,7 @@ class Model:
         if pooling not in POOLINGS:
             raise ValueError(f"pooling={pooling!r} is unknown; there are: {', '.join(POOLINGS)}")
         layers = self.layer_numbers([layer])
-        return self.run(_cleaned(sequences), Wanted(layers, pooling), long=long, overlap=overlap).pooled[layers[0]]
+        return self.run(self._cleaned(sequences), Wanted(layers, pooling), long=long, overlap=overlap).pooled[layers[0]]
 
     def hiddens(
         self, sequences: Sequence[str], *, layer: int = -1, long: str = "error", overlap: int = 128
@@ -86,16 +86,16 @@ class Model:
         """One (L, D) fp32 a sequence; arguments as in `embed`."""
         layers = self.layer_numbers([layer])
         wanted = Wanted(layers, None, hiddens=True)
-        return self.run(_cleaned(sequences), wanted, long=long, overlap=overlap).hiddens[layers[0]]
+        return self.run(self._cleaned(sequences), wanted, long=long, overlap=overlap).hiddens[layers[0]]
 
     def logits(self, sequences: Sequence[str], *, long: str = "error", overlap: int = 128) -> list[np.ndarray]:
         """One (L, V) fp32 a sequence; columns are `tokenizer.pieces`."""
-        return self.run(_cleaned(sequences), Wanted((), None, logits=True), long=long, overlap=overlap).logits
+        return self.run(self._cleaned(sequences), Wanted((), None, logits=True), long=long, overlap=overlap).logits
 
     @torch.inference_mode()
     def contacts(self, sequence: str) -> np.ndarray:
         """(L, L) fp32, probability of contact of each pair of residues. Raises ValueError without a contact head."""
-        (cleaned,) = _cleaned([sequence])
+        (cleaned,) = self._cleaned([sequence])
         (ids,), _, _ = self._pieces([cleaned], "error", self.max_residues(), 0)
         n = len(ids)
         batch = PackedBatch.pack(ids, np.array([n]), tokens=n, pad_id=self.tokenizer.pad_id, max_length=n)
@@ -147,11 +147,20 @@ class Model:
             stitch(encoded.logits, owners) if wanted.logits else [],
         )
 
+    def _cleaned(self, sequences: Sequence[str]) -> list[bytes]:
+        if isinstance(sequences, str):
+            raise ValueError("a list of sequences is wanted, not one string: [sequence]")
+        results = [self.tokenizer.clean(sequence.encode()) for sequence in sequences]
+        if letters := sum((counts for _, counts in results), Counter()):
+            log.warning("odd letters, by the rule of moltron.tokenizers: %s", dict(letters))
+        return [sequence for sequence, _ in results]
+
     def _pieces(
         self, sequences: Sequence[bytes], long: str, limit: int, overlap: int
     ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """Ids of P pieces with their specials, (P, 2) the rows to keep of each, (P,) the sequence each belongs to."""
         pieces, keep, owners = [], [], []
+        first = len(self.tokenizer.prefix)
         for index, sequence in enumerate(sequences):
             ids = self.tokenizer.encode(sequence)
             length = len(ids) - self.tokenizer.num_specials
@@ -166,18 +175,8 @@ class Model:
             if length > limit and long == "window":
                 spans = cut(length, limit, overlap).tolist()
             for begin, end, keep_from, keep_to in spans:
-                piece = ids[begin : end + 2].copy()
-                piece[0], piece[-1] = ids[0], ids[-1]
-                pieces.append(piece)
-                keep.append((1 + keep_from - begin, 1 + keep_to - begin))
+                inner = ids[first + begin : first + end]
+                pieces.append(np.concatenate((ids[:first], inner, ids[first + length :])))
+                keep.append((first + keep_from - begin, first + keep_to - begin))
                 owners.append(index)
         return pieces, np.array(keep, dtype=np.int64).reshape(-1, 2), np.array(owners, dtype=np.int64)
-
-
-def _cleaned(sequences: Sequence[str]) -> list[bytes]:
-    if isinstance(sequences, str):
-        raise ValueError("a list of sequences is wanted, not one string: [sequence]")
-    results = [clean(sequence.encode()) for sequence in sequences]
-    if letters := sum((counts for _, counts in results), Counter()):
-        log.warning("odd letters, by the rule of moltron.tokenizers.residues.clean: %s", dict(letters))
-    return [sequence for sequence, _ in results]
