@@ -213,6 +213,14 @@ class Model:
             stitch(encoded.logits, owners) if wanted.logits else [],
         )
 
+    def _cleaned(self, sequences: Sequence[str]) -> list[bytes]:
+        if isinstance(sequences, str):
+            raise ValueError("a list of sequences is wanted, not one string: [sequence]")
+        results = [self.tokenizer.clean(sequence.encode()) for sequence in sequences]
+        if letters := sum((counts for _, counts in results), Counter()):
+            log.warning("odd letters, by the rule of moltron.tokenizers: %s", dict(letters))
+        return [sequence for sequence, _ in results]
+
     def _pieces(
         self, sequences: Sequence[bytes], long: str, limit: int, overlap: int
     ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
