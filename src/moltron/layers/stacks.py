@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moltron.layers.attention import RelativeBias, attend
+from moltron.layers.attention import RelativeBias, attend, attend_qkv
 from moltron.layers.blocks import FeedForward, SelfAttention
 from moltron.layers.layout import Layout
 
@@ -115,8 +115,12 @@ class EncoderBlock(nn.Module):
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
     def attend_own(self, x_TD: Tensor, layout: Layout, bias: RelativeBias | None) -> Tensor:
-        q_TNH, k_TNH, v_TNH = self.attention.heads(self.attention_norm(x_TD)).unbind(2)
-        out_TNH = attend(q_TNH, k_TNH, v_TNH, layout, layout, causal=self.causal, bias=bias, scale=self.scale)
+        qkv_TN3H = self.attention.heads(self.attention_norm(x_TD))
+        if self.causal or bias is not None or self.scale is not None:
+            q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
+            out_TNH = attend(q_TNH, k_TNH, v_TNH, layout, layout, causal=self.causal, bias=bias, scale=self.scale)
+        else:
+            out_TNH = attend_qkv(qkv_TN3H, layout, None)  # the gradient comes as one tensor, too
         return self.attention.out(out_TNH.flatten(1))
 
 
