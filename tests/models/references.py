@@ -34,13 +34,13 @@ class Reference:
     ours: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
-def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+def randomise(module: nn.Module, seed: int = 0, std: float = 0.05) -> nn.Module:
     """Every parameter nonzero, biases and norms too: a swapped or forgotten one shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.1 * noise if "norm" in name.lower() and name.endswith("weight") else noise * 0.05)
+            p.copy_(1 + 0.1 * noise if "norm" in name.lower() and name.endswith("weight") else noise * std)
     return module.eval()
 
 

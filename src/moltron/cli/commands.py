@@ -20,8 +20,10 @@ from moltron.config.schema import (
 
 
 def prepare(config: PrepareConfig) -> int:
+    from moltron.common.logging import setup_logging
     from moltron.data.prepare import prepare
 
+    setup_logging()
     prepare(config)
     return 0
 

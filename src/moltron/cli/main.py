@@ -71,7 +71,7 @@ COMMANDS: dict[str, Command] = {
     "download": Command(
         schema.DownloadConfig,
         commands.download,
-        "fetch a published checkpoint from the Hugging Face hub",
+        "fetch a published checkpoint from the Hugging Face hub, or a list of files",
         "moltron download name=esm2_8M",
     ),
 }

@@ -244,6 +244,8 @@ class DownloadConfig:
     """moltron download"""
 
     name: str = ""  # e.g. esm2_650M; without it the command lists them
+    urls: str | None = literal(None)  # instead: a text file, a URL a line, with its SHA-256 or MD5 if you have it
+    output: str | None = literal(None)  # with urls: the folder
     cache_dir: str | None = literal(None)
     offline: bool = False
     endpoint: str | None = None  # another hub, e.g. a mirror

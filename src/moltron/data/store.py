@@ -109,8 +109,8 @@ def _cluster_files(path: Path) -> list[Path]:
 class Store:
     """One split, opened.
 
-    lengths: (N,) int32, letters a record, or codes where there is a column `tokens` (has_tokens); clusters: Clusters or None; fingerprint: hex SHA-256 of the .arrow file;
-    alphabet: "protein" or "molecule".
+    lengths: (N,) int32, letters a record, or codes where there is a column `tokens` (has_tokens); clusters: Clusters
+    or None; fingerprint: hex SHA-256 of the .arrow file; alphabet: "protein" or "molecule".
     """
 
     @classmethod

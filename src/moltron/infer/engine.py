@@ -105,6 +105,10 @@ class Encoder:
 
         keep: (P, 2), the rows [from, to) of each piece that count; None: all but the first and the last (the specials).
         """
+        if wanted.logits and getattr(self.model, "decoder", None) is not None:
+            raise ValueError(
+                "an encoder–decoder's logits are of its decoder's tokens: ask for embeddings or hiddens here"
+            )
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         if keep is None:
             keep = np.stack([np.ones_like(lengths), lengths - 1], axis=1)

@@ -116,16 +116,19 @@ def _attend_by_lengths(
             continue
         q_BNQH = q.unflatten(0, (count, q_length)).transpose(1, 2)
         k_BNKH, v_BNKH = (x.unflatten(0, (count, k_length)).transpose(1, 2) for x in (k, v))
-        mask_NQK = None if bias is None else _mask(bias, q_length, k_length, causal).to(q.dtype)
+        mask_1NQK = None if bias is None else _mask(bias, q_length, k_length, causal).to(q.dtype)
         out_BNQH = F.scaled_dot_product_attention(
-            q_BNQH, k_BNKH, v_BNKH, mask_NQK, is_causal=causal and bias is None, scale=scale
+            q_BNQH, k_BNKH, v_BNKH, mask_1NQK, is_causal=causal and bias is None, scale=scale
         )
         outs.append(out_BNQH.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)
 
 
 def _mask(bias: RelativeBias, q_length: int, k_length: int, causal: bool) -> Tensor:
-    """(N, Q, K) to add to the scores; −∞ where a causal query must not look."""
+    """(1, N, Q, K) to add to the scores; −∞ where a causal query must not look.
+
+    With three dimensions SDPA would leave its CPU kernel, whose bits do not depend on the batch, for matrix products.
+    """
     q_Q, k_K = (torch.arange(length, device=bias.table.device) for length in (q_length, k_length))
-    mask_NQK = bias.between(q_Q, k_K)
-    return mask_NQK.masked_fill(k_K > q_Q[:, None], -torch.inf) if causal else mask_NQK
+    mask_1NQK = bias.between(q_Q, k_K)[None]
+    return mask_1NQK.masked_fill(k_K > q_Q[:, None], -torch.inf) if causal else mask_1NQK

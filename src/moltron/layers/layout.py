@@ -26,7 +26,7 @@ class Layout:
     cu_seqlens: (B+1,) int32, starts at 0, ends at T; filler at the end is a sequence of its own.
     positions: (T,) int32, 0, 1, 2 … within each sequence.
     lengths: the B lengths on the host, so that no path waits for the device.
-    tiles: (T // TILE + B, 3) int32, `tile_table`.
+    tiles: (T // TILE + B, 4) int32, `tile_table`.
     """
 
     cu_seqlens: Tensor
@@ -60,11 +60,12 @@ class Layout:
 
 
 def tile_table(cu_seqlens: np.ndarray, block: int = TILE) -> np.ndarray:
-    """Cut every sequence into tiles of `block` tokens: (T // block + B, 3) int32, the longest sequence first.
+    """Cut every sequence into tiles of `block` tokens: (T // block + B, 4) int32, the longest sequence first.
 
-    A row is the first token of the tile's sequence, the sequence's length, and the tile's first token counted from the
-    sequence's: no program has to look for its sequence, and the long ones do not start last. The number of rows, enough
-    for any lengths, follows from T and B alone; those left over are 0: an empty sequence.
+    A row is the first token of the tile's sequence, the sequence's length, the tile's first token counted from the
+    sequence's, and which sequence it is: no program has to look for its sequence, and the long ones do not start last.
+    By the last of these, attention to another stream finds the sequence in that one's `cu_seqlens`. The number of rows,
+    enough for any lengths, follows from T and B alone; those left over are 0: an empty sequence.
     """
     lengths = np.diff(cu_seqlens)
     order = np.argsort(-lengths, kind="stable")
@@ -72,8 +73,9 @@ def tile_table(cu_seqlens: np.ndarray, block: int = TILE) -> np.ndarray:
     counts = -(-lengths // block)
     ends = np.cumsum(counts)
     num_tiles = int(counts.sum())
-    tiles = np.zeros((int(cu_seqlens[-1]) // block + len(lengths), 3), dtype=np.int32)
+    tiles = np.zeros((int(cu_seqlens[-1]) // block + len(lengths), 4), dtype=np.int32)
     tiles[:num_tiles, 0] = np.repeat(starts, counts)
     tiles[:num_tiles, 1] = np.repeat(lengths, counts)
     tiles[:num_tiles, 2] = (np.arange(num_tiles) - np.repeat(ends - counts, counts)) * block
+    tiles[:num_tiles, 3] = np.repeat(order, counts)
     return tiles

@@ -149,7 +149,7 @@ class DecoderBlock(EncoderBlock):
     def step(
         self, x_BD: Tensor, own: Pair, memory: Pair, visible: Tensor, position: int, bias: Tensor | None
     ) -> Tensor:
-        """One token a sequence, at `position`; its key and value are written into `own`. bias: (N, 1, position + 1)."""
+        """One token a sequence, at `position`; its key and value go into `own`. bias: (1, N, 1, position + 1)."""
         qkv_BN3H = self.attention.heads(self.attention_norm(x_BD))
         for buffer, new_BNH in zip(own, qkv_BN3H.unbind(2)[1:]):
             buffer[:, :, position] = new_BNH
@@ -211,12 +211,12 @@ class Stack(nn.Module):
 
     def step(self, x_BD: Tensor, cache: Cache) -> Tensor:
         """One token a sequence through a decoder, (B, D) after the norm; the cache is one longer."""
-        position, bias, bias_N1K = cache.length, self.bias(), None
+        position, bias, bias_1N1K = cache.length, self.bias(), None
         if bias is not None:
             keys_K = torch.arange(position + 1, device=x_BD.device)
-            bias_N1K = bias.between(keys_K[-1:], keys_K).to(x_BD.dtype)
+            bias_1N1K = bias.between(keys_K[-1:], keys_K).to(x_BD.dtype)[None]
         for layer, own, memory in zip(self.layers.values(), cache.own, cache.memory, strict=True):
-            x_BD = cast(DecoderBlock, layer).step(x_BD, own, memory, cache.visible, position, bias_N1K)
+            x_BD = cast(DecoderBlock, layer).step(x_BD, own, memory, cache.visible, position, bias_1N1K)
         cache.length += 1
         return self.norm(x_BD)
 

@@ -1,39 +1,39 @@
-"""Attention for short, bidirectional, packed sequences on CUDA: Triton kernels behind one custom op.
+"""Attention for short packed sequences on CUDA: a differentiable custom op on the kernels of `triton_kernels`.
 
-    qkv ──rotate──> qk ──forward──> out, lse        one program: one tile of one sequence, one head
-                     ├──dq──> dq, stats             one program: a tile of queries, over all keys of its sequence
-                     └──dkdv──> dk, dv              one program: a tile of keys, over all queries
+    qkv ──rotate──> qk                             only where positions are rotary
+    q, k, v ──forward──> out, lse                  one program: a tile of queries of one sequence, one head
+       ├──dq──> dq, stats                          one program: a tile of queries, over the keys of its sequence
+       └──dkdv──> dk, dv                           one program: a tile of keys, over the queries of its sequence
 
-Protein sequences are short (median 270), so the work is a list of tiles of whole sequences, the longest first
-(`layout.tile_table`), made once a batch for all layers and kernels; only the last block of a sequence is masked. dq, dk
-and dv are written once, in the layout of qkv, the rotation undone on the way. A kernel for dq alone computes the scores
-once more, and still was faster on an H100 than to add dq up with atomics or in one program a sequence. So results are
-bitwise reproducible, and those of a sequence depend neither on its batch mates nor on where in the pack it lies. Any
-length works, any number of sequences, empty ones too.
+Bidirectional or causal within one stream, or from one stream to another, sequence i to sequence i. Protein sequences
+are short (median 270), so the work is a list of tiles of whole sequences, the longest first (`layout.tile_table`), made
+once a batch for all layers and kernels; only the last block of a sequence, or the one on the diagonal, is masked. dq,
+dk and dv are written once, in the layout of the projections that q, k and v are parts of, the rotation undone on the
+way. A kernel for dq alone computes the scores once more, and still was faster on an H100 than to add dq up with atomics
+or in one program a sequence. So results are bitwise reproducible, and those of a sequence depend neither on its batch
+mates nor on where in the pack it lies. Any length works, any number of sequences, empty ones too: without keys the
+output is 0.
 Knows nothing of models or batches.
 
 Flash attention: Dao 2023, arXiv:2307.08691; rotary positions: Su et al. 2021, arXiv:2104.09864.
 
-T tokens (packed), N heads, H head width
+T tokens of the queries' stream (packed), S of the keys', N heads, H head width, P parts of a projection
 """
 
 # pyright: reportIndexIssue=false, reportMissingImports=false, reportArgumentType=false
 
-import math
+from collections.abc import Sequence
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from moltron.layers.layout import TILE
+from moltron.layers.layout import Layout
 from moltron.layers.positions import Rotary
-
-_BLOCK = tl.constexpr(TILE)  # queries and keys a step; below 64 keys the tensor cores take slower instructions
-_LOG2E = tl.constexpr(math.log2(math.e))
+from moltron.layers.triton_kernels import dkdv_kernel, dq_kernel, forward_kernel, rotate_kernel
 
 # Up to this head width: depth of the pipeline and cap on registers a thread. Fixed, so that restarts are quick and
-# results repeat; the fastest of five to seven each on an H100.
+# results repeat; the fastest of five to seven each on an H100, of bidirectional self-attention.
 _FORWARD, _DQ, _DKDV = range(3)
 _TUNING = {
     16: ((3, None), (3, None), (2, 128)),
@@ -44,302 +44,137 @@ _TUNING = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------- kernels
-# Strides, N and H are constants, so that the compiler sees how far every row is aligned. HP: H padded to a power of 2.
-# QK (T, N, PARTS, H) holds q and k of every head: PARTS is 2 for the rotated copies, 3 where it is qkv itself.
-
-
-# fmt: off
-@triton.jit
-def _find_tile(TILES, N: tl.constexpr):
-    """Heads of one tile run side by side, for they share the cache lines of its tokens."""
-    entry = TILES + (tl.program_id(0) // N) * 3
-    return tl.program_id(0) % N, tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
-
-
-@triton.jit
-def _load(base, rows, length, STRIDE: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, CHECK: tl.constexpr):
-    """(rows, HP) of a (tokens, H) matrix; columns from H on, and with CHECK rows from `length` on, read as 0."""
-    cols = tl.arange(0, HP)
-    pointers = base + rows[:, None] * STRIDE + cols[None, :]
-    if CHECK and HP > H:
-        tile = tl.load(pointers, mask=(rows[:, None] < length) & (cols[None, :] < H), other=0.0)
-    elif CHECK:
-        tile = tl.load(pointers, mask=rows[:, None] < length, other=0.0)
-    elif HP > H:
-        tile = tl.load(pointers, mask=cols[None, :] < H, other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
-
-
-@triton.jit
-def _store(base, rows, length, tile, STRIDE: tl.constexpr, H: tl.constexpr, HP: tl.constexpr):
-    cols = tl.arange(0, HP)
-    mask = (rows[:, None] < length) & (cols[None, :] < H)
-    tl.store(base + rows[:, None] * STRIDE + cols[None, :], tile.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _unrotate(x, COS, SIN, rows, length, H: tl.constexpr, HP: tl.constexpr):
-    """Turn fp32 rows back: (x₁, x₂) → (x₁ cos + x₂ sin, x₂ cos − x₁ sin).
-
-    The halves change places in a product with a signed permutation, exact for the 16 bits that two bf16 hold: no
-    other way to move columns suits every register layout and every H.
-    """
-    HALF: tl.constexpr = H // 2
-    i = tl.arange(0, HP)[:, None]
-    j = tl.arange(0, HP)[None, :]
-    swap = tl.where(i == j + HALF, 1.0, tl.where(j == i + HALF, -1.0, 0.0)).to(tl.bfloat16)
-    high = x.to(tl.bfloat16)
-    low = (x - high.to(tl.float32)).to(tl.bfloat16)
-    swapped = tl.dot(low, swap, tl.dot(high, swap))
-    angles = rows[:, None] * HALF + j % HALF
-    mask = (rows[:, None] < length) & (j < H)
-    return x * tl.load(COS + angles, mask=mask, other=0.0) + swapped * tl.load(SIN + angles, mask=mask, other=0.0)
-
-
-@triton.jit
-def _rotate_kernel(
-    QKV, COS, SIN, OUT, num_rows, N: tl.constexpr, H: tl.constexpr, HALF_P: tl.constexpr, ROWS: tl.constexpr,
-):
-    """q and k of every token and head, row by row: (x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin)."""
-    HALF: tl.constexpr = H // 2
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    cols = tl.arange(0, HALF_P)[None, :]
-    mask = (row < num_rows) & (cols < HALF)
-    token = row // (2 * N)
-    source = QKV + (row // 2) * (3 * H) + (row % 2) * H + cols
-    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-    cos = tl.load(COS + token * HALF + cols, mask=mask, other=0.0)
-    sin = tl.load(SIN + token * HALF + cols, mask=mask, other=0.0)
-    target = OUT + row * H + cols
-    tl.store(target, (first * cos - second * sin).to(OUT.dtype.element_ty), mask=mask)
-    tl.store(target + HALF, (second * cos + first * sin).to(OUT.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _forward_step(
-    acc, top, total, q, K, V, first, length, scale_log2, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    PARTS: tl.constexpr, LAST: tl.constexpr,
-):
-    """One block of keys. top: running maximum of the scores in log2 units; total: running sum of the weights."""
-    keys = first + tl.arange(0, _BLOCK)
-    k = _load(K, keys, length, PARTS * N * H, H, HP, LAST)
-    scores = tl.dot(q, tl.trans(k))
-    if LAST:
-        scores = tl.where(keys[None, :] < length, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-    weights = tl.exp2(scores * scale_log2 - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(weights, 1)
-    v = _load(V, keys, length, 3 * N * H, H, HP, LAST)
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
-    return acc, new_top, total
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _forward_kernel(
-    QK, QKV, TILES, num_tokens, scale, OUT, LSE, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """LSE (N, T): log2 of the sum of 2^(score · scale · log2 e) over the keys of each query."""
-    head, start, length, first = _find_tile(TILES, N)
-    if first >= length:
-        return
-    Q = QK + (start * N + head) * PARTS * H
-    V = QKV + (start * N + head) * 3 * H + 2 * H
-    queries = first + tl.arange(0, _BLOCK)
-    q = _load(Q, queries, length, PARTS * N * H, H, HP, True)
-    acc = tl.zeros([_BLOCK, HP], tl.float32)
-    top = tl.full([_BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([_BLOCK], tl.float32)
-    scale_log2 = scale * _LOG2E
-    full = length // _BLOCK * _BLOCK
-    for n in range(0, full, _BLOCK):
-        acc, top, total = _forward_step(acc, top, total, q, Q + H, V, n, length, scale_log2, N, H, HP, PARTS, False)
-    if full < length:
-        acc, top, total = _forward_step(acc, top, total, q, Q + H, V, full, length, scale_log2, N, H, HP, PARTS, True)
-    _store(OUT + (start * N + head) * H, queries, length, acc / total[:, None], N * H, H, HP)
-    tl.store(LSE + head * num_tokens + start + queries, top + tl.log2(total), mask=queries < length)
-
-
-@triton.jit
-def _dq_step(
-    dq, q, dout, lse, delta, K, V, first, length, scale_log2, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    PARTS: tl.constexpr, LAST: tl.constexpr,
-):
-    keys = first + tl.arange(0, _BLOCK)
-    k = _load(K, keys, length, PARTS * N * H, H, HP, LAST)
-    v = _load(V, keys, length, 3 * N * H, H, HP, LAST)
-    weights = tl.exp2(tl.dot(q, tl.trans(k)) * scale_log2 - lse[:, None])
-    if LAST:
-        weights = tl.where(keys[None, :] < length, weights, 0.0)
-    dscores = weights * (tl.dot(dout, tl.trans(v)) - delta[:, None])
-    return tl.dot(dscores.to(k.dtype), k, dq)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _dq_kernel(
-    QK, QKV, TILES, num_tokens, scale, DOUT, STATS, DQKV, COS, SIN, OUT, LSE, N: tl.constexpr, H: tl.constexpr,
-    HP: tl.constexpr, PARTS: tl.constexpr,
-):
-    """dq of one tile of queries; and STATS (N, T, 2), lse and delta = rowsum(dout · out), for `_dkdv_kernel`."""
-    head, start, length, first = _find_tile(TILES, N)
-    if first >= length:
-        return
-    Q = QK + (start * N + head) * PARTS * H
-    V = QKV + (start * N + head) * 3 * H + 2 * H
-    queries = first + tl.arange(0, _BLOCK)
-    real = queries < length
-    q = _load(Q, queries, length, PARTS * N * H, H, HP, True)
-    out = _load(OUT + (start * N + head) * H, queries, length, N * H, H, HP, True)
-    dout = _load(DOUT + (start * N + head) * H, queries, length, N * H, H, HP, True)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    row = head * num_tokens + start + queries
-    lse = tl.load(LSE + row, mask=real, other=0.0)
-    tl.store(STATS + row * 2, lse, mask=real)
-    tl.store(STATS + row * 2 + 1, delta, mask=real)
-    dq = tl.zeros([_BLOCK, HP], tl.float32)
-    scale_log2 = scale * _LOG2E
-    full = length // _BLOCK * _BLOCK
-    for n in range(0, full, _BLOCK):
-        dq = _dq_step(dq, q, dout, lse, delta, Q + H, V, n, length, scale_log2, N, H, HP, PARTS, False)
-    if full < length:
-        dq = _dq_step(dq, q, dout, lse, delta, Q + H, V, full, length, scale_log2, N, H, HP, PARTS, True)
-    dq *= scale
-    if PARTS == 2:
-        dq = _unrotate(dq, COS + start * (H // 2), SIN + start * (H // 2), queries, length, H, HP)
-    _store(DQKV + (start * N + head) * 3 * H, queries, length, dq, 3 * N * H, H, HP)
-
-
-@triton.jit
-def _dkdv_tile(
-    Q, V, DOUT, STATS, DQKV, COS, SIN, first, length, scale, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    PARTS: tl.constexpr, LAST: tl.constexpr,
-):
-    """Scores stand transposed (keys, queries), so that they enter the products for dk and dv from registers."""
-    keys = first + tl.arange(0, _BLOCK)
-    k = _load(Q + H, keys, length, PARTS * N * H, H, HP, LAST)
-    v = _load(V, keys, length, 3 * N * H, H, HP, LAST)
-    dk = tl.zeros([_BLOCK, HP], tl.float32)
-    dv = tl.zeros([_BLOCK, HP], tl.float32)
-    scale_log2 = scale * _LOG2E
-    for m in range(0, length, _BLOCK):
-        queries = m + tl.arange(0, _BLOCK)
-        q = _load(Q, queries, length, PARTS * N * H, H, HP, True)
-        dout = _load(DOUT, queries, length, N * H, H, HP, True)
-        # Both in one load: with fewer elements than threads, each thread would load again for each column it holds.
-        pairs = STATS + queries[:, None] * 2 + tl.arange(0, 2)[None, :]
-        lse, delta = tl.split(tl.load(pairs, mask=queries[:, None] < length, other=0.0))
-        weights = tl.exp2(tl.dot(k, tl.trans(q)) * scale_log2 - lse[None, :])
-        if LAST:
-            weights = tl.where(keys[:, None] < length, weights, 0.0)
-        dv = tl.dot(weights.to(dout.dtype), dout, dv)
-        dscores = (weights * (tl.dot(v, tl.trans(dout)) - delta[None, :])).to(q.dtype)
-        dk = tl.dot(dscores, q, dk)
-    _store(DQKV + 2 * H, keys, length, dv, 3 * N * H, H, HP)  # first: what follows needs its registers
-    dk *= scale
-    if PARTS == 2:
-        dk = _unrotate(dk, COS, SIN, keys, length, H, HP)
-    _store(DQKV + H, keys, length, dk, 3 * N * H, H, HP)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _dkdv_kernel(
-    QK, QKV, TILES, num_tokens, scale, DOUT, STATS, DQKV, COS, SIN, N: tl.constexpr, H: tl.constexpr,
-    HP: tl.constexpr, PARTS: tl.constexpr,
-):
-    head, start, length, first = _find_tile(TILES, N)
-    if first >= length:
-        return
-    QK += (start * N + head) * PARTS * H
-    QKV += (start * N + head) * 3 * H + 2 * H
-    DOUT += (start * N + head) * H
-    STATS += (head * num_tokens + start) * 2
-    DQKV += (start * N + head) * 3 * H
-    COS += start * (H // 2)
-    SIN += start * (H // 2)
-    if first + _BLOCK <= length:
-        _dkdv_tile(QK, QKV, DOUT, STATS, DQKV, COS, SIN, first, length, scale, N, H, HP, PARTS, False)
-    else:
-        _dkdv_tile(QK, QKV, DOUT, STATS, DQKV, COS, SIN, first, length, scale, N, H, HP, PARTS, True)
-
-
-# fmt: on
-# -------------------------------------------------------------------------------------------------------- launches
-
-
 def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """q and k, rotated: (T, N, 2, H)."""
     T, N, _, H = qkv.shape
     qk = qkv.new_empty(T, N, 2, H)
     half = triton.next_power_of_2(H // 2)
     rows = 2048 // half
-    _rotate_kernel[(triton.cdiv(2 * T * N, rows),)](qkv, cos, sin, qk, 2 * T * N, N, H, half, rows)
+    rotate_kernel[(triton.cdiv(2 * T * N, rows),)](qkv, cos, sin, qk, 2 * T * N, N, H, half, rows)
     return qk
 
 
-def _launch(kernel, which: int, qkv: Tensor, qk: Tensor, tiles: Tensor, *others: Tensor) -> None:
-    """qk: without elements where there is no rotation."""
-    T, N, _, H = qkv.shape
-    qk = qk if qk.numel() else qkv
+def _launch(kernel, which: int, tiles: Tensor, other: Tensor | None, arguments: tuple, views: dict, **kind) -> None:
+    """tiles: those that the programs write; other: `cu_seqlens` of the other stream, None for self-attention.
+
+    views: the tensors that have strides, (tokens, N, H), by the kernels' names for these. The kernel gets q, k, v, the
+    tiles, the number of query tokens, and `arguments`.
+    """
+    q = views["Q"]
+    T, N, H = q.shape
     stages, registers = _TUNING[min(width for width in _TUNING if width >= H)][which]
-    constants = (N, H, max(16, triton.next_power_of_2(H)), qk.shape[2])
+    strides = {name + axis: x.stride(i) for name, x in views.items() for i, axis in enumerate("TN")}
+    shape = {"N": N, "H": H, "HP": max(16, triton.next_power_of_2(H)), "CROSS": other is not None}
     settings = {"num_warps": 4, "num_stages": stages, "maxnreg": registers}
-    kernel[(len(tiles) * N,)](qk, qkv, tiles, T, H**-0.5, *others, *constants, **settings)
+    inputs = (q, views["K"], views["V"], tiles, other, T)
+    kernel[(len(tiles) * N,)](*inputs, *arguments, **shape, **strides, **kind, **settings)
 
 
-# Operators cannot leave a tensor out of their results, so without rotation cos, sin and qk have no elements.
+def _parts(projections: Sequence[Tensor], qk: Tensor | None = None) -> list[Tensor]:
+    """q, k and v, (tokens, N, H) each: views; q and k are the rotated ones if there are any."""
+    parts = [part for projection in projections for part in projection.unbind(2)]
+    return parts if qk is None or not qk.numel() else [*qk.unbind(2), parts[2]]
+
+
+# ------------------------------------------------------------------------------------------------------------- op
+# The op takes whole projections, and its gradient has one tensor for each: were the three parts of a projection three
+# arguments, autograd would put their gradients together afterwards, three quarters more traffic than the kernels' own
+# 8 · T · N · H elements. An operator cannot leave a tensor out of its results: without rotation qk has no elements.
 
 
 @torch.library.custom_op("moltron::packed_attention", mutates_args=())
-def _attention(qkv: Tensor, tiles: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    T, N, _, H = qkv.shape
-    out, lse = qkv.new_empty(T, N, H), qkv.new_empty(N, T, dtype=torch.float32)
-    with torch.cuda.device_of(qkv):
-        qk = _rotate(qkv, cos, sin) if cos.numel() else qkv.new_empty(0)
-        _launch(_forward_kernel, _FORWARD, qkv, qk, tiles, out, lse)
+def _attention(
+    projections: Sequence[Tensor],
+    q_tiles: Tensor,
+    q_starts: Tensor | None,  # the three of the other stream: None for self-attention
+    k_tiles: Tensor | None,
+    k_starts: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    bias_table: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    first = projections[0]
+    T, N, _, H = first.shape
+    out, lse = first.new_empty(T, N, H), first.new_empty(N, T, dtype=torch.float32)
+    with torch.cuda.device_of(first):
+        qk = first.new_empty(0) if cos is None or sin is None else _rotate(first, cos, sin)
+        views = dict(zip("QKV", _parts(projections, qk)))
+        radius = -1 if bias_table is None else bias_table.shape[1] // 2
+        arguments = (scale, bias_table, out, lse)
+        _launch(forward_kernel, _FORWARD, q_tiles, k_starts, arguments, views, CAUSAL=causal, RADIUS=radius)
     return out, lse, qk
 
 
 @_attention.register_fake
-def _(qkv, tiles, cos, sin):
-    T, N, _, H = qkv.shape
-    qk = qkv.new_empty(T, N, 2, H) if cos.numel() else qkv.new_empty(0)
-    return qkv.new_empty(T, N, H), qkv.new_empty(N, T, dtype=torch.float32), qk
+def _(projections, q_tiles, q_starts, k_tiles, k_starts, cos, sin, bias_table, causal, scale):
+    first = projections[0]
+    T, N, _, H = first.shape
+    qk = first.new_empty(0) if cos is None else first.new_empty(T, N, 2, H)
+    return first.new_empty(T, N, H), first.new_empty(N, T, dtype=torch.float32), qk
 
 
 @torch.library.custom_op("moltron::packed_attention_backward", mutates_args=())
 def _attention_backward(
-    qkv: Tensor, qk: Tensor, tiles: Tensor, cos: Tensor, sin: Tensor, out: Tensor, lse: Tensor, dout: Tensor
-) -> Tensor:
-    dqkv, dout, stats = torch.empty_like(qkv), dout.contiguous(), lse.new_empty(*lse.shape, 2)
-    with torch.cuda.device_of(qkv):
-        _launch(_dq_kernel, _DQ, qkv, qk, tiles, dout, stats, dqkv, cos, sin, out, lse)
-        _launch(_dkdv_kernel, _DKDV, qkv, qk, tiles, dout, stats, dqkv, cos, sin)
-    return dqkv
+    projections: Sequence[Tensor],
+    q_tiles: Tensor,
+    q_starts: Tensor | None,
+    k_tiles: Tensor | None,
+    k_starts: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    causal: bool,
+    scale: float,
+    qk: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+) -> list[Tensor]:
+    dout, stats = dout.contiguous(), lse.new_empty(*lse.shape, 2)
+    gradients = [x.new_empty(x.shape) for x in projections]
+    views, dq, dk, dv = dict(zip("QKV", _parts(projections, qk))), *_parts(gradients)
+    with torch.cuda.device_of(dout):
+        kind = {"CAUSAL": causal, "ROTATED": cos is not None}
+        arguments = (scale, cos, sin, dout, stats, dq, out, lse)
+        _launch(dq_kernel, _DQ, q_tiles, k_starts, arguments, views | {"DQ": dq}, **kind)
+        tiles = q_tiles if k_tiles is None else k_tiles
+        arguments = (scale, cos, sin, dout, stats, dk, dv)
+        _launch(dkdv_kernel, _DKDV, tiles, q_starts, arguments, views | {"DK": dk, "DV": dv}, **kind)
+    return gradients
 
 
 @_attention_backward.register_fake
-def _(qkv, qk, tiles, cos, sin, out, lse, dout):
-    return torch.empty_like(qkv)
+def _(projections, *_):
+    return [x.new_empty(x.shape) for x in projections]
 
 
 def _save(ctx, inputs, output) -> None:
-    qkv, tiles, cos, sin = inputs
+    projections, *indices, bias_table, ctx.causal, ctx.scale = inputs
     out, lse, qk = output
     ctx.mark_non_differentiable(lse, qk)
-    ctx.save_for_backward(qkv, qk, tiles, cos, sin, out, lse)
+    ctx.has_bias, ctx.num_indices = bias_table is not None, len(indices)
+    ctx.save_for_backward(*indices, qk, out, lse, *projections)
 
 
 def _backward(ctx, dout, *_):
-    dqkv = torch.ops.moltron.packed_attention_backward(*ctx.saved_tensors, dout)
-    return dqkv, None, None, None
+    if ctx.has_bias:
+        raise ValueError(_NO_GRADIENT)
+    saved, n = ctx.saved_tensors, ctx.num_indices
+    indices, results, projections = saved[:n], saved[n : n + 3], list(saved[n + 3 :])
+    backward = torch.ops.moltron.packed_attention_backward
+    gradients = backward(projections, *indices, ctx.causal, ctx.scale, *results, dout)
+    return gradients, *[None] * (n + 3)
 
 
 _attention.register_autograd(_backward, setup_context=_save)
+
+# -------------------------------------------------------------------------------------------------------- functions
+
+_NO_GRADIENT = (
+    "attention with a bias table has no gradient in the Triton kernels: call it under torch.no_grad(), or attend with "
+    "scaled_dot_product_attention and the bias as its mask"
+)
 
 
 def packed_attention(qkv_TN3H: Tensor, tiles: Tensor, rotary: Rotary) -> Tensor:
@@ -349,11 +184,102 @@ def packed_attention(qkv_TN3H: Tensor, tiles: Tensor, rotary: Rotary) -> Tensor:
     every token, (T, H/2) or (T, 1, H/2) fp32, `positions.rotary_table`. Returns (T, N, H) in the dtype of qkv; its
     gradient is one (T, N, 3, H) tensor. Raises ValueError for head widths but multiples of 8 up to 128.
     """
-    head_dim = qkv_TN3H.shape[-1]
+    _check_width(qkv_TN3H)
+    cos, sin = (None, None) if rotary is None else (x.flatten(1) for x in rotary)
+    scale = qkv_TN3H.shape[-1] ** -0.5
+    projections = [qkv_TN3H.contiguous()]
+    return torch.ops.moltron.packed_attention(projections, tiles, None, None, None, cos, sin, None, False, scale)[0]
+
+
+def packed_attend(
+    q_TNH: Tensor,
+    k_SNH: Tensor,
+    v_SNH: Tensor,
+    q_layout: Layout,
+    k_layout: Layout,
+    *,
+    causal: bool,
+    bias_table: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Softmax(scale · q kᵀ + bias) v, sequence i of `q_layout` to sequence i of `k_layout`. Returns (T, N, H).
+
+    As `attend_projections`, with three gradients. Views are not copied: q, k, v may be parts of one projection, but
+    then autograd has to stack their gradients; `attend_projections` spares that.
+    """
+    parts = [x[:, :, None] for x in (q_TNH, k_SNH, v_SNH)]
+    return attend_projections(parts, q_layout, k_layout, causal=causal, bias_table=bias_table, scale=scale)
+
+
+def attend_projections(
+    projections: Sequence[Tensor],
+    q_layout: Layout,
+    k_layout: Layout,
+    *,
+    causal: bool,
+    bias_table: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Softmax(scale · q kᵀ + bias) v, sequence i of `q_layout` to sequence i of `k_layout`. Returns (T, N, H).
+
+    projections: fp16 or bf16, each (tokens, N, P, H), their parts in order q, k and v: [qkv_TN3H], [q_TN1H, kv_SN2H],
+    …; one gradient each. The same `Layout` twice is self-attention. A query of a sequence without keys gets 0.
+    causal: a query sees keys up to its own position; self-attention only.
+    bias_table: (N, 2R+1) fp32, added to the scaled score of each pair: column clamp(key − query, −R, R) + R, positions
+    counted in their sequences. Without gradient.
+    scale: of the products, > 0.
+    Raises ValueError for what does not fit: shapes, head widths but multiples of 8 up to 128, a bias under autograd.
+    """
+    _check(projections, q_layout, k_layout, causal, bias_table, scale)
+    projections = [x if x.stride(-1) == 1 else x.contiguous() for x in projections]
+    if bias_table is not None:
+        bias_table = bias_table.contiguous()
+    other = (None, None, None)
+    if q_layout is not k_layout:
+        other = q_layout.cu_seqlens, k_layout.tiles, k_layout.cu_seqlens
+    return torch.ops.moltron.packed_attention(
+        projections, q_layout.tiles, *other, None, None, bias_table, causal, scale
+    )[0]
+
+
+def _check_width(x: Tensor) -> None:
+    head_dim = x.shape[-1]
     if head_dim % 8 or not 8 <= head_dim <= 128:
         raise ValueError(f"head width {head_dim}: the Triton kernels take multiples of 8 up to 128")
-    if rotary is None:
-        cos = sin = qkv_TN3H.new_empty(0, dtype=torch.float32)
-    else:
-        cos, sin = (x.flatten(1) for x in rotary)
-    return torch.ops.moltron.packed_attention(qkv_TN3H.contiguous(), tiles, cos, sin)[0]
+
+
+def _check(
+    projections: Sequence[Tensor],
+    q_layout: Layout,
+    k_layout: Layout,
+    causal: bool,
+    bias_table: Tensor | None,
+    scale: float,
+) -> None:
+    first = projections[0]
+    _check_width(first)
+    N, H = first.shape[1], first.shape[3]
+    T, S = q_layout.positions.shape[0], k_layout.positions.shape[0]
+    found = [(x.shape[0], x.shape[1], x.shape[3]) for x in projections for _ in range(x.shape[2])]
+    if found != [(T, N, H), (S, N, H), (S, N, H)]:
+        raise ValueError(
+            f"(tokens, heads, width) of q, k and v are {found}: wanted are three of equal heads and widths, with as "
+            f"many tokens as their layouts, {T} and {S}"
+        )
+    if any(x.dtype != first.dtype for x in projections):
+        raise ValueError(f"q, k and v must have one dtype, not {', '.join(str(x.dtype) for x in projections)}")
+    if q_layout.cu_seqlens.shape != k_layout.cu_seqlens.shape:
+        sequences = [layout.cu_seqlens.shape[0] - 1 for layout in (q_layout, k_layout)]
+        raise ValueError(f"{sequences[0]} sequences of queries and {sequences[1]} of keys: they attend one to one")
+    if causal and q_layout is not k_layout:
+        raise ValueError("causal attention is within one stream: pass one Layout for queries and keys")
+    if not scale > 0:
+        raise ValueError(f"scale {scale}: must be positive")
+    if bias_table is None:
+        return
+    if bias_table.ndim != 2 or bias_table.shape[0] != N or bias_table.shape[1] % 2 == 0:
+        raise ValueError(f"bias table of shape {tuple(bias_table.shape)}: wanted is (heads, 2R+1) with {N} heads")
+    if bias_table.dtype != torch.float32:
+        raise ValueError(f"bias table of {bias_table.dtype}: wanted is float32")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*projections, bias_table)):
+        raise ValueError(_NO_GRADIENT)

@@ -23,7 +23,7 @@ def average_product_correction(maps_NLL: Tensor) -> Tensor:
 
 def predict_contacts(model: Encoder, batch: PackedBatch) -> Tensor:
     """Probability of contact of every pair of residues, (L, L) fp32, for the first sequence of the batch."""
-    head = model.contact_head
+    head = getattr(model, "contact_head", None)
     if head is None:
         raise ValueError("this model has no contact head; ESM-1b and ESM-2 have one")
     length = batch.layout.lengths[0]

@@ -63,7 +63,7 @@ class EncoderDecoder(nn.Module):
         init_by_name(self, seed=seed, std=c.init_std, depths=depths, vocab_size=c.vocab_size, assign=assign)
 
     def forward(self, batch: PackedBatch, hidden_layers: Collection[int] = ()) -> Output:
-        """With a decoder's stream its hidden state (U, D) and the logits at the targets, else the encoder's (T, D).
+        """With a decoder's stream its hidden state (U, D) and logits at the targets, without one the encoder's (T, D).
 
         Output.hiddens are the encoder's in both cases.
         """

@@ -63,7 +63,7 @@ def parallelize(
         )
         for module in (*units(model, plan), model):
             fully_shard(module, **settings)
-            for method in plan.methods:
+            for method in (name for name in plan.methods if hasattr(module, name)):
                 register_fsdp_forward_method(module, method)
     return model.to_empty(device=device)
 

@@ -32,7 +32,7 @@ _CHEMISTRY = r"""
     [CaH2] [LiH] [C] [Ca] [42K+] [123Te] [S-2] [223Ra+2] [S] [Ra+2] [22Na+] [125I-] [85Sr+2] [PH2] [SrH2] [15OH2]
     [47Ca+2] [85SrH2] [45Ca+2] [B@@-] [B@-] [17F] [PH2+] [11C-] [Mg+] [NaH] [P@@+] [SiH3-] [P-3] [KH] [Be+2] [NH3+]
     [Ag-4] [18O] [14C@@H] [CH] [CH2] [O-2] [124I-] [As-] [Ba] [223Ra] [82Rb] [76BrH] [AsH] [131Cs]
-""".split()
+""".split()  # noqa: SIM905
 _STEPS = [f"({a / 10:.1f}, {(a + 2) / 10:.1f}]" for a in range(-1, 59, 2)]
 _FALLS = [f"({a / 10:.1f}, {(a + 2) / 10:.1f}]" for a in range(-3, -59, -2)]
 _CHANGES = ("low->high", "high->low", "no_change")

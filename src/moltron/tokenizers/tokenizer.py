@@ -1,6 +1,7 @@
 """What every tokenizer offers: text to codes to ids, and back. The alphabets are residues.py and smiles.py.
 
-    text ──clean──> bytes ──codes──> one byte a token (what a store keeps) ──table──> ids ──prefix, suffix──> encoder input
+    text ──clean──> bytes ──codes──> one byte a token ──table──> ids ──prefix, suffix──> encoder input
+                                     (a store keeps these)
 
 Knows nothing of files, batches and models.
 """

@@ -347,7 +347,7 @@ def test_the_real_uniref_sample(tmp_path, monkeypatch):
 def test_molecules_are_canonical(tmp_path):
     pytest.importorskip("rdkit")
     (tmp_path / "m.smi").write_text("OCC a\nC(C)O b\nnonsense c\nc1ccccc1 d\nC1CC e\n")
-    manifest = prepare(PrepareConfig(input=str(tmp_path / "m.smi"), output=str(tmp_path / "out")))
+    manifest = prepare(PrepareConfig(input=str(tmp_path / "m.smi"), output=str(tmp_path / "out"), variants=0))
     assert manifest["kind"] == "molecule" and Store.open(tmp_path / "out" / "train.arrow").alphabet == "molecule"
     assert content(tmp_path / "out", "train") == {"a": "CCO", "d": "c1ccccc1"}
     assert sorted(rejects(tmp_path / "out")) == [

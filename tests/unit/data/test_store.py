@@ -202,3 +202,38 @@ def test_stamp_is_json_and_a_damaged_one_harmless(tmp_path):
     assert stat.S_ISREG(stamp.stat().st_mode)
     stamp.write_text("{")
     assert letters(Store.open(path), np.arange(500)) == b"".join(SEQUENCES)
+
+
+def test_tokens_rule_lengths_and_gather(tmp_path):
+    with StoreWriter(tmp_path / "train.arrow", "molecule", tokens=True) as writer:
+        writer.add(["a", "b"], ["C[nH]", "CC"], [b"\x01\x0f", b"\x01\x01"])
+        writer.add(["c"], ["[C@H]Br"], [b"\x00\xfb"])
+        writer.add([], [], [])
+    for _ in range(2):  # the index is built, then found
+        store = Store.open(tmp_path / "train.arrow")
+        assert store.has_tokens and store.alphabet == "molecule" and store.lengths.tolist() == [2, 2, 2]
+        found = store.gather(np.array([2, 0, 1]), np.array([0, 1, 0]), np.array([2, 1, 2]))
+        assert found.tolist() == [0, 251, 15, 1, 1]
+        assert [store.sequence(row) for row in range(3)] == [b"C[nH]", b"CC", b"[C@H]Br"]
+    with pytest.raises(IndexError):  # the text is longer than the tokens
+        store.gather(np.array([0]), np.array([0]), np.array([3]))
+    with pytest.raises(IndexError):
+        store.sequence(3)
+
+
+def test_a_third_column_of_another_kind_is_refused(tmp_path):
+    columns = {"id": ["a"], "sequence": ["C"], "tokens": ["C"]}
+    table = pa.table(columns)
+    with pa.OSFile(str(tmp_path / "t.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(ValueError, match="third column tokens, binary"):
+        Store.open(tmp_path / "t.arrow")
+
+
+def test_equal_clusters_are_written_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("moltron.data.store._CHUNK", 4)
+    Clusters.save_equal(tmp_path / "t.arrow", 5, 3)
+    parts = [np.load(tmp_path / f"t.clusters.{part}.npy") for part in ("start", "count", "order")]
+    assert [part.dtype for part in parts] == [np.int64] * 3
+    assert parts[0].tolist() == [0, 3, 6, 9, 12] and parts[1].tolist() == [3] * 5
+    assert parts[2].tolist() == list(range(15))

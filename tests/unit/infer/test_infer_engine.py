@@ -131,3 +131,16 @@ def test_ahead_passes_items_errors_and_an_early_end():
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() <= before
+
+
+def test_an_encoder_decoder_embeds_and_gives_no_logits_of_its_encoder():
+    sizes = dict(hidden_size=64, num_layers=2, num_decoder_layers=1, num_heads=4, ffn_size=128)
+    model = build_model("megamolbart", sizes, "cpu")
+    model.init_weights(0)
+    encoder = Encoder(model, pad_id=0, tokens=128)
+    ids = [np.arange(3, 9), np.arange(20, 90)]
+    together = encoder.encode(ids, Wanted((0, 2), hiddens=True))
+    alone = encoder.encode(ids[:1], Wanted((0, 2), hiddens=True))
+    assert together.pooled[2].shape == (2, 64) and np.array_equal(together.hiddens[2][0], alone.hiddens[2][0])
+    with pytest.raises(ValueError, match="of its decoder's tokens"):
+        encoder.encode(ids, Wanted((), None, logits=True))

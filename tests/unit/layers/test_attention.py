@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moltron.layers import attention
-from moltron.layers.attention import attend_qkv
+from moltron.layers.attention import RelativeBias, attend, attend_qkv
 from moltron.layers.layout import Layout
 from moltron.layers.positions import apply_rotary, rotary_table
 
@@ -59,6 +59,106 @@ def test_bit_equal_whatever_the_neighbours():
         assert torch.equal(got, attend_qkv(alone, layout_of([len(alone)]), None))
 
 
+# ------------------------------------------------------------------------------------------------ two streams: attend
+
+Q_LENGTHS, K_LENGTHS = [7, 7, 1, 0, 3, 40], [7, 7, 12, 5, 0, 33]  # without queries: nothing; without keys: zeros
+KINDS = {
+    "plain": dict(),
+    "scale": dict(scale=1.0),
+    "causal": dict(causal=True),
+    "bias": dict(reach=9),
+    "causal, bias, scale": dict(causal=True, reach=9, scale=0.5),
+}
+
+
+def written_out(q, k, v, q_lengths, k_lengths, table, causal=False, scale=None):
+    """One sequence, head and query after the other, in float64."""
+    outs, reach = [], 0 if table is None else table.shape[1] // 2
+    for q1, k1, v1 in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
+        for i in range(len(q1)):
+            seen = slice(0, i + 1 if causal else None)
+            scores = torch.einsum("nh,knh->nk", q1[i], k1[seen]) * (q.shape[-1] ** -0.5 if scale is None else scale)
+            if table is not None:
+                distances = [max(-reach, min(reach, j - i)) + reach for j in range(scores.shape[1])]
+                scores = scores + table[:, distances]
+            outs.append(torch.einsum("nk,knh->nh", scores.softmax(-1), v1[seen]))
+    return torch.stack(outs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attend_equals_softmax_in_values_and_gradients(kind):
+    options, causal = dict(KINDS[kind]), KINDS[kind].get("causal", False)
+    generator = torch.Generator().manual_seed(0)
+    k_lengths = Q_LENGTHS if causal else K_LENGTHS
+    q, kv = torch.randn(58, 4, 8, generator=generator), torch.randn(sum(k_lengths), 4, 2, 8, generator=generator)
+    reach = options.pop("reach", None)
+    table = None if reach is None else torch.randn(4, 2 * reach + 1, generator=generator)
+    inputs = [x.requires_grad_() for x in (q, kv, table) if x is not None]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = attend(
+        q, *kv.unbind(2), layout_of(Q_LENGTHS), layout_of(k_lengths),
+        bias=None if table is None else RelativeBias(table), **options,
+    )  # fmt: skip
+    expected = written_out(
+        exact[0], *exact[1].unbind(2), Q_LENGTHS, k_lengths, exact[2] if table is not None else None, **options
+    )
+    weight = torch.randn(out.shape, generator=generator)
+    gradients = torch.autograd.grad((out * weight).sum(), inputs)
+    expected_gradients = torch.autograd.grad((expected * weight).sum(), exact)
+    for got, want in zip((out, *gradients), (expected, *expected_gradients), strict=True):
+        assert ((got - want).norm() / want.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attend_bit_equal_whatever_the_neighbours(kind):
+    options = dict(KINDS[kind])
+    generator = torch.Generator().manual_seed(0)
+    lengths, k_lengths = (
+        [20, 20, 17, 40, 20, 100],
+        [20, 20, 17, 40, 20, 100] if "causal" in kind else [3, 3, 50, 9, 3, 80],
+    )
+    q, kv = (torch.randn(sum(n), 4, 2, 16, generator=generator) for n in (lengths, k_lengths))
+    reach = options.pop("reach", None)
+    bias = None if reach is None else RelativeBias(torch.randn(4, 2 * reach + 1, generator=generator))
+
+    def run(q, kv, lengths, k_lengths):
+        return attend(q[:, :, 0], *kv.unbind(2), layout_of(lengths), layout_of(k_lengths), bias=bias, **options)
+
+    together = run(q, kv, lengths, k_lengths).split(lengths)
+    for got, q1, kv1 in zip(together, q.split(lengths), kv.split(k_lengths), strict=True):
+        assert torch.equal(got, run(q1, kv1, [len(q1)], [len(kv1)]))
+
+
+@pytest.mark.parametrize(
+    "options, chosen",
+    [
+        (dict(), True),
+        (dict(dtype=torch.float32), False),
+        (dict(width=12), False),
+        (dict(width=136), False),
+        (dict(bias=True), True),
+        (dict(bias=True, trained=True), False),  # the kernels' backward knows no bias
+        (dict(trained=True), True),
+    ],
+)
+def test_attend_chooses_the_kernels_on_cuda(on_cuda, monkeypatch, options, chosen):
+    calls = []
+
+    def packed_attend(q, k, v, q_layout, k_layout, *, causal, bias_table, scale):
+        calls.append((causal, bias_table is not None, scale))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(attention, "packed_attend", packed_attend)
+    monkeypatch.setattr(attention, "_attend_by_lengths", lambda q, *_: torch.empty_like(q))
+    width, dtype = options.get("width", 16), options.get("dtype", torch.bfloat16)
+    leaf = dict(device="cuda", dtype=dtype, requires_grad=options.get("trained", False))
+    q, k, v = (torch.empty(12, 2, width, **leaf) for _ in range(3))
+    bias = RelativeBias(torch.empty(2, 7, device="cuda")) if "bias" in options else None
+    out = attend(q, k, v, on_cuda, on_cuda, causal=True, bias=bias)
+    assert out.shape == (12, 2, width) and out.dtype == dtype
+    assert calls == ([(True, bias is not None, width**-0.5)] if chosen else [])
+
+
 TRITON = "moltron.packed_attention.default"
 
 
@@ -100,6 +200,7 @@ def test_kernel_chosen_on_cuda(on_cuda, dtype, width, chosen):
 
 def test_without_triton_sdpa(on_cuda, monkeypatch):
     monkeypatch.setattr(attention, "packed_attention", None)
+    monkeypatch.setattr(attention, "packed_attend", None)
     with Calls() as calls:
         out = attend_qkv(torch.empty(12, 2, 3, 16, device="cuda", dtype=torch.bfloat16), on_cuda, None)
     assert TRITON not in calls.names and out.shape == (12, 2, 16)

@@ -12,7 +12,7 @@ def test_layout_of_lengths():
     assert layout.cu_seqlens.tolist() == [0, 2, 3, 6] and layout.positions.tolist() == [0, 1, 0, 0, 1, 2]
     assert layout.lengths == (2, 1, 3)
     assert layout.sequence_index().tolist() == [0, 0, 1, 2, 2, 2]
-    assert layout.tiles.tolist() == [[3, 3, 0], [0, 2, 0], [2, 1, 0]]
+    assert layout.tiles.tolist() == [[3, 3, 0, 2], [0, 2, 0, 0], [2, 1, 0, 1]]
     tensors = (layout.cu_seqlens, layout.positions, layout.tiles)
     assert all(x.dtype == torch.int32 for x in tensors)
     moved = layout.each(lambda x: x.to("meta"))
@@ -24,8 +24,9 @@ def test_layout_of_lengths():
 def test_tiles_cover_every_token_once_longest_first(lengths, block):
     cu = np.cumsum([0, *lengths])
     tiles = tile_table(cu, block)
-    assert tiles.shape == (sum(lengths) // block + len(lengths), 3) and tiles.dtype == np.int32
+    assert tiles.shape == (sum(lengths) // block + len(lengths), 4) and tiles.dtype == np.int32
     real = [tuple(row) for row in tiles.tolist() if row[2] < row[1]]
-    expected = [(start, n, first) for start, n in zip(cu.tolist(), lengths) for first in range(0, n, block)]
+    sequences = [(start, n, i) for i, (start, n) in enumerate(zip(cu.tolist(), lengths))]
+    expected = [(start, n, first, i) for start, n, i in sequences for first in range(0, n, block)]
     assert sorted(real) == sorted(expected)
-    assert [n for _, n, _ in real] == sorted((n for _, n, _ in real), reverse=True)
+    assert [row[1] for row in real] == sorted((row[1] for row in real), reverse=True)

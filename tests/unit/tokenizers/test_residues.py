@@ -49,6 +49,38 @@ def test_esm1nv_vocabulary():
     assert tokenizer.encode("LO.-").tolist() == [1, 5, 29, 0, 0, 2]
 
 
+def test_prott5nv_vocabulary():
+    ours, esm1nv = get_tokenizer("prott5nv"), get_tokenizer("esm1nv")
+    assert ours.pieces[:30] == esm1nv.pieces and ours.pieces[30:32] == ["<cls>", "<sep>"] and ours.vocab_size == 128
+    assert ours.sentinel_ids.tolist() == list(range(32, 128)) and ours.sentinel_ids.dtype == np.int64
+    assert (ours.pieces[32], ours.pieces[127]) == ("<extra_id_0>", "<extra_id_95>")
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.unk_id, ours.mask_id) == (1, 2, 3, 0, None)
+    assert ours.prefix == ours.suffix == () and ours.encode("LU").tolist() == [5, 28]
+
+
+def test_prott5_vocabulary():
+    ours = get_tokenizer("prott5")
+    assert ours.pieces[:3] == ["<pad>", "</s>", "<unk>"] and ours.vocab_size == 128
+    assert "".join(ours.pieces[3:28]) == "ALGVSREDTIPKFQNYMHWCXBOUZ"
+    assert ours.sentinel_ids.tolist() == list(range(127, 27, -1)) and ours.pieces[127] == "<extra_id_0>"
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.unk_id, ours.mask_id) == (0, 1, 0, 2, None)
+    assert ours.encode("AXBOUZ").tolist() == [3, *[ours.pieces.index("X")] * 5, 1]  # all that are not one of the 20
+    assert ours.prefix == () and ours.suffix == (1,) and ours.num_specials == 1
+    assert ours.decode(ours.encode("ALU")) == "ALX"
+
+
+@pytest.mark.parametrize("name", ["esm2", "esm1nv", "prott5nv", "prott5", "megamolbart"])
+def test_contract_of_all(name):
+    ours = get_tokenizer(name)
+    assert ours.name == name and ours.num_specials == len(ours.prefix) + len(ours.suffix)
+    text = b"CNS"
+    assert ours.clean(text) == (text, {})
+    ids = [*ours.prefix, *ours.table[np.frombuffer(ours.codes(text), dtype=np.uint8)], *ours.suffix]
+    assert ours.encode(text).tolist() == ours.encode("CNS").tolist() == ids
+    assert ours.decode([ours.bos_id, *ids, ours.eos_id, ours.pad_id]) == "CNS"
+    assert set(ours.sentinel_ids) <= ours.special_ids and not ours.special_ids & set(ours.residue_ids.tolist())
+
+
 @pytest.mark.parametrize("name", ["esm2", "esm1nv"])
 def test_specials_and_residues(name):
     tokenizer = get_tokenizer(name)
@@ -57,6 +89,7 @@ def test_specials_and_residues(name):
     assert all(tokenizer.pieces[i].startswith("<") for i in tokenizer.special_ids)
     assert len(tokenizer.special_ids) == sum(piece.startswith("<") for piece in tokenizer.pieces)
     assert tokenizer.table.shape == (256,) and tokenizer.table.dtype == np.uint8
+    assert tokenizer.prefix == (tokenizer.cls_id,) == (tokenizer.bos_id,) and tokenizer.suffix == (tokenizer.eos_id,)
     assert tokenizer.encode(b"mJ*\xff").tolist()[1:-1] == [tokenizer.unk_id] * 4
     assert tokenizer.encode("é").tolist()[1:-1] == [tokenizer.unk_id]
     assert tokenizer.decode([tokenizer.cls_id, tokenizer.mask_id, 5, tokenizer.eos_id, tokenizer.pad_id]).startswith(

@@ -32,7 +32,9 @@ TOKENIZER = "megamolbart"
 LONGEST = 127  # tokens, where max_length does not say: a decoder of 128 positions reads `^` before them
 CHUNK = 256  # molecules a task: a fifth of a second
 ROWS = pa.schema([("id", pa.string()), ("sequence", pa.string()), ("tokens", pa.binary())])
-Kept, Argument, Result = TypeVar("Kept"), TypeVar("Argument"), TypeVar("Result")
+Kept = TypeVar("Kept")
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 def rdkit() -> tuple[Any, Any, Any]:
@@ -63,6 +65,9 @@ def canonicalize(molecules: list[bytes], config: PrepareConfig) -> list[Canonica
     Chem, Descriptors, Crippen = rdkit()
     codes = get_tokenizer(TOKENIZER).codes
 
+    def size(part: Any) -> tuple[int, float, str]:
+        return part.GetNumHeavyAtoms(), Descriptors.MolWt(part), Chem.MolToSmiles(part)
+
     def one(smiles: bytes) -> Canonical:
         changes = {}
         molecule = Chem.MolFromSmiles(smiles.decode("ascii", "replace").strip())
@@ -73,7 +78,6 @@ def canonicalize(molecules: list[bytes], config: PrepareConfig) -> list[Canonica
         if config.salts == "strip" and b"." in smiles:
             parts = Chem.GetMolFrags(molecule, asMols=True)
             if len(parts) > 1:
-                size = lambda part: (part.GetNumHeavyAtoms(), Descriptors.MolWt(part), Chem.MolToSmiles(part))  # noqa: E731
                 molecule, changes["salts_stripped"] = max(parts, key=size), 1
         if config.max_weight is not None and Descriptors.MolWt(molecule) > config.max_weight:
             return Canonical(b"", 0, f"heavier than max_weight={config.max_weight:g}", {})

@@ -1,7 +1,8 @@
 """From FASTA, CSV or SMILES to a folder that training reads: two passes over the records, memory by keys only.
 
     inputs ──Spool (pass 1)──> keys ──read_clusters | read_mapping──decide──> split of each row
-    spool.arrow ──pass 2 (molecules: write_rows)──> {train,val,test}.arrow, *.clusters.*.npy, rejects.tsv ──> manifest.json, lengths.png
+    spool.arrow ──pass 2──> {train,val,test}.arrow, *.clusters.*.npy, rejects.tsv ──> manifest.json, lengths.png
+                   └ molecules: their variants and tokens
 
 Everything is written to a sibling folder that takes its name at the end. In memory: 17 bytes a record (keys of id
 and sequence, role), 100 more for a moment while equal ones are looked for and splits drawn; the rest is a few
