@@ -108,7 +108,7 @@ class SpanCorruption(Objective):
 
 
 def _smallest(bits: rng.U64, lengths: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Indices, ascending, of the `count` smallest of each sequence's bits; of their upper 24, ties in order of place."""
+    """Indices, ascending, of the `count` smallest of each sequence's bits (the upper 24; ties in order of place)."""
     sequence, upper = np.repeat(np.arange(len(lengths), dtype=np.uint64), lengths), bits >> np.uint64(40)
     if max(len(bits), len(lengths)) > 2**20:
         order = np.lexsort((upper, sequence))
