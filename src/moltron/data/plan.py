@@ -79,7 +79,7 @@ class BatchPlan:
         self.store, self.objective, self.tokens, self.limits = store, objective, tokens, limits
         self.seed, self.shuffle = seed, shuffle
         self.room = objective.max_residues(limits)
-        problems = self._problems(window)
+        problems = self._problems(window, clusters)
         if problems:
             raise ValueError("; ".join(problems))
         self.clusters = store.clusters if clusters else None
@@ -89,8 +89,14 @@ class BatchPlan:
         identity = (store.fingerprint, tokens, limits, self.room, window, seed, drawn, shuffle, rows)
         self.fingerprint = sha256(repr(identity).encode()).hexdigest()[:16]
 
-    def _problems(self, window: int) -> list[str]:
+    def _problems(self, window: int, clusters: bool) -> list[str]:
         limits, problems = self.limits, []
+        rows = self.objective.encoder_rows, self.objective.decoder_rows
+        if self.store.clusters is not None and not clusters and rows != ("random", "same"):
+            problems.append(
+                f"objective.encoder_smiles={rows[0]}, decoder_smiles={rows[1]} choose among a molecule's SMILES, which "
+                "data.clusters=false takes one by one: set data.clusters=true"
+            )
         if self.room < 1:
             problems.append(f"data.max_length={limits.encoder} leaves no room beside the special tokens: raise it")
         names = ("batch.tokens", "batch.decoder_tokens"), ("data.max_length", "data.decoder_max_length")

@@ -245,11 +245,3 @@ class Model:
                 keep.append((len(prefix) + keep_from - begin, len(prefix) + keep_to - begin))
                 owners.append(index)
         return pieces, np.array(keep, dtype=np.int64).reshape(-1, 2), np.array(owners, dtype=np.int64)
-
-    def _cleaned(self, sequences: Sequence[str]) -> list[bytes]:
-        if isinstance(sequences, str):
-            raise ValueError("a list of sequences is wanted, not one string: [sequence]")
-        results = [self.tokenizer.clean(sequence.encode()) for sequence in sequences]
-        if letters := sum((counts for _, counts in results), Counter()):
-            log.warning("odd letters, by the rule of moltron.tokenizers.residues.clean: %s", dict(letters))
-        return [sequence for sequence, _ in results]

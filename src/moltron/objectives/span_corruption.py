@@ -76,10 +76,15 @@ class SpanCorruption(Objective):
 
     def _stream(self, ids: np.ndarray, kept: np.ndarray, starts: np.ndarray, number: np.ndarray) -> np.ndarray:
         """The kept tokens, and in the place of each span, or before it, its sentinel."""
-        sentinels = self.tokenizer.sentinel_ids[number[starts]]
         at = np.flatnonzero(starts)
         before = np.cumsum(kept) - kept  # kept tokens before each place
-        return np.insert(ids[kept], before[at], sentinels)
+        stream = np.empty(int(np.count_nonzero(kept)) + len(at), dtype=np.int64)
+        is_token = np.ones(len(stream), dtype=bool)
+        places = before[at] + np.arange(len(at))
+        is_token[places] = False
+        stream[places] = self.tokenizer.sentinel_ids[number[at]]
+        stream[is_token] = ids[kept]
+        return stream
 
     def _spans(
         self, lengths: np.ndarray, records: np.ndarray, epoch: int, noise: np.ndarray, spans: np.ndarray
@@ -103,10 +108,17 @@ class SpanCorruption(Objective):
 
 
 def _smallest(bits: rng.U64, lengths: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Indices, ascending, of the `count` smallest of each sequence's bits."""
-    sequence = np.repeat(np.arange(len(lengths)), lengths)
-    order = np.lexsort((bits, sequence))
-    return np.sort(order[within(lengths) < np.repeat(count, lengths)])
+    """Indices, ascending, of the `count` smallest of each sequence's bits (the upper 24; ties in order of place)."""
+    sequence, upper = np.repeat(np.arange(len(lengths), dtype=np.uint64), lengths), bits >> np.uint64(40)
+    if max(len(bits), len(lengths)) > 2**20:
+        order = np.lexsort((upper, sequence))
+    else:  # 20 bits sequence, 24 random, 20 place: one sort of numbers, 10 times as fast
+        keys = sequence << np.uint64(44) | upper << np.uint64(20) | np.arange(len(bits), dtype=np.uint64)
+        keys.sort()
+        order = (keys & np.uint64(2**20 - 1)).astype(np.int64)
+    chosen = np.zeros(len(bits), dtype=bool)
+    chosen[order[within(lengths) < np.repeat(count, lengths)]] = True
+    return np.flatnonzero(chosen)
 
 
 def _cut(items: np.ndarray, parts: np.ndarray, states: rng.U64) -> np.ndarray:

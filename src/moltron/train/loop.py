@@ -97,9 +97,10 @@ class Trainer:
         self.reading: Reading | None = None
         peak = peak_flops(torch.cuda.get_device_name(run.device)) if run.device.type == "cuda" else None
         peak = peak and peak * collectives.world_size()
-        self.meter = Meter(meta.get("tokens", 0), meta.get("seconds", 0.0), peak)
         self.scaler = LossScaler(**meta.get("scaler", {})) if run.precision == "fp16" else None
         objective = get_objective(config.objective, run.tokenizer, config.train.seed)
+        decoder_tokens = meta.get("decoder_tokens", 0) if objective.streams == 2 else None
+        self.meter = Meter(meta.get("tokens", 0), meta.get("seconds", 0.0), peak, decoder_tokens)
         self.train_step = TrainStep(
             run.model,
             objective.loss,
@@ -211,7 +212,8 @@ class Trainer:
             raise NonFiniteError(self._report(reading))
         if not reading.finite and (self.scaler is None or not math.isfinite(reading.loss)):
             log.warning("Step %d skipped: loss %g, gradient norm %g", reading.step, reading.loss, reading.grad_norm)
-        self.meter.add(reading.tokens, reading.padded, reading.flops, reading.seconds)
+        decoder = reading.decoder_tokens, reading.decoder_padded
+        self.meter.add(reading.tokens, reading.padded, reading.flops, reading.seconds, decoder)
         if not defer_line:
             if reading.step % self.config.train.log_every == 0:
                 self._write(self._line(reading))
@@ -260,6 +262,7 @@ class Trainer:
                 "step": self.step_done,
                 "position": self.position,
                 "tokens": self.meter.tokens,
+                **self._decoder_tokens(),
                 "seconds": self.meter.trained,
                 "updates": self.run_.optimizer.updates,
                 "skipped": self.skipped,
@@ -288,11 +291,16 @@ class Trainer:
             "lr": reading.lr,
             "grad_norm": _number(reading.grad_norm),
             "tokens": self.meter.tokens,
+            **self._decoder_tokens(),
             "skipped": self.skipped,
             **({"loss_scale": self.scaler.scale} if self.scaler is not None else {}),
             **self.meter.rates(),
             "memory": _peak_memory(self.run_.device),
         }
+
+    def _decoder_tokens(self) -> dict[str, int]:
+        """Nothing where there is no decoder."""
+        return {} if self.meter.decoder_tokens is None else {"decoder_tokens": self.meter.decoder_tokens}
 
     def _text(self) -> str:
         """What stands beside the bar."""

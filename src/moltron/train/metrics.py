@@ -53,16 +53,18 @@ def perplexity(loss: float) -> float:
 class Meter:
     """Sums over a window of steps and the time that its parts took."""
 
-    def __init__(self, tokens: int = 0, trained: float = 0.0, peak: float | None = None):
+    def __init__(
+        self, tokens: int = 0, trained: float = 0.0, peak: float | None = None, decoder_tokens: int | None = None
+    ):
         """tokens, trained: real tokens and seconds of the run so far, all its lives. peak: FLOP/s of all devices
-        together, where it is known."""
-        self.tokens, self.trained, self.peak = tokens, trained, peak
+        together, where it is known. decoder_tokens: those of the second stream so far; None: there is none."""
+        self.tokens, self.trained, self.peak, self.decoder_tokens = tokens, trained, peak, decoder_tokens
         self.now = 0.0  # when the last step that was added ended
         self.reset(time.perf_counter())
 
     def reset(self, now: float) -> None:
         self.began = self.now = now
-        self.window_tokens = self.window_padded = 0
+        self.window_tokens = self.window_padded = self.window_decoder_tokens = self.window_decoder_padded = 0
         self.window_flops = 0.0
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
@@ -72,8 +74,12 @@ class Meter:
         yield
         self.seconds[name] += time.perf_counter() - began
 
-    def add(self, tokens: int, padded: int, flops: float, seconds: float | None = None) -> None:
+    def add(
+        self, tokens: int, padded: int, flops: float, seconds: float | None = None, decoder: tuple[int, int] = (0, 0)
+    ) -> None:
         """One step over all ranks: real tokens, tokens with filler, FLOPs of the real tokens.
+
+        decoder: real tokens, and tokens with filler, of the second stream.
 
         seconds: from the end of the step before to the end of this one; None: it has just ended.
         """
@@ -82,6 +88,10 @@ class Meter:
         self.window_tokens += tokens
         self.window_padded += padded
         self.window_flops += flops
+        if self.decoder_tokens is not None:
+            self.decoder_tokens += decoder[0]
+            self.window_decoder_tokens += decoder[0]
+            self.window_decoder_padded += decoder[1]
 
     def rates(self) -> dict[str, float | None]:
         """The window's rates and shares, up to the end of the last step added; begins the next window there."""
@@ -92,6 +102,7 @@ class Meter:
             "seconds": self.trained,
             "tokens_per_second": self.window_tokens / seconds,
             "padded_tokens_per_second": self.window_padded / seconds,
+            **self._decoder_rates(seconds),
             "data_wait": self.seconds["data"] / wall,
             "share_compute": max(1 - sum(self.seconds.values()) / wall, 0.0),
             "share_eval": self.seconds["eval"] / wall,
@@ -100,6 +111,14 @@ class Meter:
         }
         self.reset(self.now)
         return rates
+
+    def _decoder_rates(self, seconds: float) -> dict[str, float | None]:
+        if self.decoder_tokens is None:
+            return {}
+        return {
+            "decoder_tokens_per_second": self.window_decoder_tokens / seconds,
+            "padded_decoder_tokens_per_second": self.window_decoder_padded / seconds,
+        }
 
 
 class MetricsFile:

@@ -26,7 +26,8 @@ from moltron.parallel.apply import set_gradient_sync
 from moltron.parallel.collectives import all_reduce_sum, world_size
 from moltron.train.optim import Optimizer
 
-GLOBAL = ("loss", "targets", "tokens", "padded", "flops", "stop", "grad_norm")  # of a step, over all ranks
+# Of a step, over all ranks; tokens and padded are of the encoder, or of the one stream there is
+GLOBAL = ("loss", "targets", "tokens", "padded", "decoder_tokens", "decoder_padded", "flops", "stop", "grad_norm")
 
 
 class NonFiniteError(ValueError):
@@ -64,6 +65,8 @@ class Reading:
     grad_norm: float
     tokens: int
     padded: int
+    decoder_tokens: int
+    decoder_padded: int
     flops: float
     stop: bool
     skipped: bool
@@ -103,6 +106,8 @@ class Pending:
                 grad_norm=named["grad_norm"],
                 tokens=int(named["tokens"]),
                 padded=int(named["padded"]),
+                decoder_tokens=int(named["decoder_tokens"]),
+                decoder_padded=int(named["decoder_padded"]),
                 flops=named["flops"],
                 stop=named["stop"] > 0,
                 skipped=self.skipped,
@@ -157,8 +162,11 @@ class TrainStep:
         """(len(GLOBAL),) float64: the sums over all ranks of what the host knows before the step; the rest is 0."""
         tokens = sum(b.num_tokens for b in batches)
         padded = sum(len(b.ids) for b in batches)
+        decoder_tokens = sum(b.num_decoder_tokens for b in batches)
+        decoder_padded = sum(len(b.decoder_ids) for b in batches if b.decoder_ids is not None)
         flops = sum(self.model.flops(b) for b in batches)  # type: ignore[operator]
-        local = torch.tensor([0, targets, tokens, padded, flops, stop, 0], dtype=torch.float64)
+        known = [0, targets, tokens, padded, decoder_tokens, decoder_padded, flops, stop, 0]
+        local = torch.tensor(known, dtype=torch.float64)
         if self.device.type == "cuda":
             local = local.pin_memory().to(self.device, non_blocking=True)
         return all_reduce_sum(local)

@@ -18,7 +18,13 @@ TINY = (
     *("train.max_steps=20", "train.log_every=2", "train.eval_every=8", "train.device=cpu", "checkpoint.every=5"),
     "logging.tensorboard=false",
 )
-TIMES = {"seconds", "tokens_per_second", "padded_tokens_per_second", "data_wait", "mfu", "memory"}
+RATES = (
+    "tokens_per_second",
+    "padded_tokens_per_second",
+    "decoder_tokens_per_second",
+    "padded_decoder_tokens_per_second",
+)
+TIMES = {"seconds", "data_wait", "mfu", "memory", *RATES}
 
 
 @pytest.fixture(scope="session")

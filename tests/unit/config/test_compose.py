@@ -21,6 +21,10 @@ PARAMETERS = {
     "pretrain_esm2_3B": 2_839_083_584,
     "pretrain_esm2_15B": 15_129_257_024,
     "pretrain_esm1_small": 43_563_328,
+    "pretrain_prott5_small": 198_970_496,
+    "pretrain_megamolbart_xsmall_span_aug": 4_015_104,
+    "pretrain_megamolbart_small_span_aug": 44_795_904,
+    "pretrain_megamolbart_large_span_aug": 236_457_984,
 }
 
 

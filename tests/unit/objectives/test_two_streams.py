@@ -92,7 +92,7 @@ def test_the_decoder_reads_its_labels_behind_the_beginning(case):
 
 
 def test_an_empty_pack_has_no_targets(case):
-    tokenizer, objective = case
+    _, objective = case
     nothing = np.zeros(0, dtype=np.int64)
     batch = objective.batch(nothing, nothing, nothing, 0, tokens=(64, 64), limits=Limits(32, 32))
     assert batch.num_sequences == batch.num_tokens == 0 and (batch.targets == -100).all()
@@ -225,7 +225,11 @@ def test_long_inputs_are_cut_and_the_decoder_may_write_another_smiles():
         ("prott5", DENOISING, "prott5 has no mask"),
         ("prott5", ObjectiveConfig(), "prott5 has no mask"),
         ("prott5", ObjectiveConfig(name="span_corruption", density=1.5, mean_span=0.5), "density=1.5.*mean_span=0.5"),
-        ("megamolbart", ObjectiveConfig(name="denoising", mask_prob=1, decoder_smiles="x"), "smiles=x.*mask_prob"),
+        (
+            "megamolbart",
+            ObjectiveConfig(name="denoising", mask_prob=1.0, decoder_smiles="x"),
+            "decoder_smiles=x.*mask_prob",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_said(tokenizer, config, message):
