@@ -6,13 +6,14 @@ Light to import: worker processes do. Knows nothing of models.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from moltron.data.prepare import molecules
 
 FEW = 500  # molecules that are judged sooner here than in other processes
 COLUMNS, SEEDS = 6, 8  # of the picture: samples beside each seed, seeds
@@ -29,14 +30,11 @@ class Judged(NamedTuple):
 
 @lru_cache(maxsize=1)
 def rdkit() -> Any:
-    """RDKit, quiet. Raises ValueError where it is not installed."""
-    try:
-        from rdkit import Chem, rdBase
-        from rdkit.Chem import QED, Draw, rdFingerprintGenerator  # noqa: F401
-    except ImportError as error:
-        raise ValueError("molecules need RDKit: pip install 'moltron[molecules]'") from error
-    rdBase.DisableLog("rdApp.*")
-    return Chem
+    """RDKit's Chem, quiet, with what is used of it here. Raises ValueError where it is not installed."""
+    chem, _, _ = molecules.rdkit()
+    from rdkit.Chem import QED, Draw, rdFingerprintGenerator  # noqa: F401
+
+    return chem
 
 
 def molecule(smiles: str) -> Any:
@@ -71,41 +69,23 @@ def judge(pair: tuple[str, tuple[str, ...]]) -> Judged:
     return Judged(rdkit().MolToSmiles(found), rdkit().QED.qed(found), similarity)
 
 
-class Judges:
+class Judges(ProcessPoolExecutor):
     """`judge` and `canonical` over many molecules, in order; worker processes come when there is enough to do."""
 
     def __init__(self) -> None:
-        self._pool: ProcessPoolExecutor | None = None
+        super().__init__(os.cpu_count(), get_context("spawn"))  # a process that has used CUDA must not fork
 
-    def map(self, function: Any, items: Sequence[Any]) -> Iterable[Any]:
-        rdkit()
-        if len(items) < FEW:
-            return map(function, items)
-        if self._pool is None:  # spawned: a process that has used CUDA must not fork
-            self._pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"))
-        return self._pool.map(function, items, chunksize=100)
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def judges() -> Iterator[Judges]:
-    it = Judges()
-    try:
-        yield it
-    finally:
-        it.close()
+    def each(self, function: Any, items: Sequence[Any]) -> Iterable[Any]:
+        return map(function, items) if len(items) < FEW else self.map(function, items, chunksize=100)
 
 
 def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[Judged]]]) -> None:
     """A row a seed: the seed, then different molecules made of it, with their drug-likeness and similarity."""
-    molecules, legends = [], []
+    drawn, legends = [], []
     for seed, found in rows[:SEEDS]:
         distinct = list({j.smiles: j for j in found if j.smiles}.values())[:COLUMNS]
-        molecules += [molecule(seed), *(molecule(j.smiles) for j in distinct), *[None] * (COLUMNS - len(distinct))]
+        drawn += [molecule(seed), *(molecule(j.smiles) for j in distinct), *[None] * (COLUMNS - len(distinct))]
         legends += ["seed", *(f"QED {j.qed:.2f}, similarity {j.similarity:.2f}" for j in distinct)]
         legends += [""] * (COLUMNS - len(distinct))
-    image = rdkit().Draw.MolsToGridImage(molecules, molsPerRow=1 + COLUMNS, subImgSize=(260, 200), legends=legends)
+    image = rdkit().Draw.MolsToGridImage(drawn, molsPerRow=1 + COLUMNS, subImgSize=(260, 200), legends=legends)
     image.save(path)

@@ -201,12 +201,13 @@ class Generator:
                 if len(running) <= len(rows) // 2:
                     cache = cache.select(running)
                     rows, ids, ended = rows[running], ids[running], ended[running]
+        results = []
         counts = (ids_BC != self.eos_id).sum(1).tolist()
-        found = zip(ids_BC.cpu().numpy(), counts, scores_B.tolist(), strict=True)
-        return [[self._hypothesis(ids, count, score, count < limit, settings)] for ids, count, score in found]
-
-    def _hypothesis(self, ids: np.ndarray, count: int, log_p: float, finished: bool, settings: Decoding) -> Hypothesis:
-        return Hypothesis(ids[:count].copy(), log_p / penalty(count + finished, settings), finished)
+        for ids, count, log_p in zip(ids_BC.cpu().numpy(), counts, scores_B.tolist(), strict=True):
+            finished = count < limit
+            score = log_p / penalty(count + finished, settings)
+            results.append([Hypothesis(ids[:count].copy(), score, finished)])
+        return results
 
     # --------------------------------------------------------------------------------------------------- beam search
 

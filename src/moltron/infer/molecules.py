@@ -13,7 +13,7 @@ import csv
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from moltron.config.schema import GenerateConfig
 from moltron.data.readers import Reject, read_records
 from moltron.data.store import Store
 from moltron.infer.api import Model
-from moltron.infer.chemistry import SEEDS, Judged, Judges, canonical, draw_grid, judge, judges, molecule
+from moltron.infer.chemistry import SEEDS, Judged, Judges, canonical, draw_grid, judge, molecule
 from moltron.infer.generate import Hypothesis
 from moltron.infer.sampling import METHODS, Sampling, interpolate
 
@@ -67,7 +67,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     with ExitStack() as stack:
         table = csv.writer(stack.enter_context(open(partial, "w", newline="", encoding="utf-8")), lineterminator="\n")
         bad = csv.writer(stack.enter_context(open(rejects, "w", encoding="utf-8")), "excel-tab", lineterminator="\n")
-        judging = stack.enter_context(judges())
+        judging = stack.enter_context(Judges())
         progress = stack.enter_context(Progress("generate", None))
         reference = _reference(config, judging)
         table.writerow(COLUMNS)
@@ -102,18 +102,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 def _check(config: GenerateConfig) -> Sampling:
     between = config.method == INTERPOLATE
     radius = config.scaled_radius if config.scaled_radius is not None else 0.0 if between else 1.0
-    sampling = Sampling(
-        METHODS[0] if between else config.method,
-        1 if between else config.num_samples,
-        radius,
-        config.top_k,
-        config.top_p,
-        config.temperature,
-        config.beam_size,
-        config.length_penalty,
-        config.max_tokens,
-        config.seed,
-    )
+    chosen: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(Sampling)}
+    fixed = {"method": METHODS[0], "num_samples": 1} if between else {}
+    chosen |= {**fixed, "scaled_radius": radius}
+    sampling = Sampling(**chosen)
     problems = [problem.replace("there are: ", f"there are: {INTERPOLATE}, ") for problem in sampling.problems()]
     if between and config.num_samples < 1:
         problems.append(f"num_samples={config.num_samples} must be at least 1")
@@ -132,7 +124,7 @@ def _reference(config: GenerateConfig, judging: Judges) -> set[str]:
         return {smiles for part in np.array_split(first, len(first) // 10_000 + 1) for smiles in store.texts(part)}
     columns = (None, None) if config.reference is not None else (config.id_column, config.sequence_column)
     records = (r for r in read_records(config.reference or config.input, *columns) if not isinstance(r, Reject))
-    return set(judging.map(canonical, [r.sequence.decode("utf-8", "replace").strip() for r in records])) - {""}
+    return set(judging.each(canonical, [r.sequence.decode("utf-8", "replace").strip() for r in records])) - {""}
 
 
 def _chunks(config: GenerateConfig, model: Model, size: int) -> Iterator[tuple[list[Seed], list[tuple]]]:
@@ -187,15 +179,15 @@ def _between(model: Model, seeds: list[Seed], sampling: Sampling, count: int) ->
 def _write(table: Any, groups: Iterator[Group], tally: Tally, judging: Judges, reference: set[str]) -> None:
     made = list(groups)
     pairs = [(text, origins) for _, origins, _, texts in made for text in texts]
-    verdicts = iter(judging.map(judge, pairs))
+    verdicts = iter(judging.each(judge, pairs))
     for name, origins, hypotheses, texts in made:
         judged = [next(verdicts) for _ in texts]
         novel = tally.add(origins, judged, reference)
         for i, (text, hypothesis, j, new) in enumerate(zip(texts, hypotheses, judged, novel, strict=True)):
             valid = j.smiles != ""
             numbers = (f"{j.qed:.3f}", f"{j.similarity:.3f}") if valid else ("", "")
-            log_p = f"{hypothesis.score:.4f}"
-            table.writerow((name, ">".join(origins), i, j.smiles or text, int(valid), log_p, *numbers, int(new)))
+            start = (name, ">".join(origins), i, j.smiles or text, int(valid), f"{hypothesis.score:.4f}")
+            table.writerow((*start, *numbers, int(new)))
 
 
 class Tally:

@@ -9,6 +9,7 @@ Knows nothing of models and text.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,22 +61,15 @@ class Sampling:
     @property
     def kept(self) -> int:
         """Hypotheses of each decoding that are results."""
-        return {"beam-search-single-sample": self.num_samples, "beam-search-perturbate-sample": self.beam_size}.get(
-            self.method, 1
-        )
+        return 1 if self.method == METHODS[2] else self.decoding.beams
 
     @property
     def decoding(self) -> Decoding:
-        common = dict(
-            length_penalty=self.length_penalty, max_tokens=self.max_tokens, radius=self.scaled_radius, seed=self.seed
-        )
+        beams = dict(zip(METHODS[2:], (self.beam_size, self.num_samples, self.beam_size))).get(self.method, 1)
+        common: Any = dict(max_tokens=self.max_tokens, radius=self.scaled_radius, seed=self.seed)
         if self.method == "topkp-perturbate":
-            tail = dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-            return Decoding(sample=True, **tail, **common)  # type: ignore[arg-type]
-        if self.method == "greedy-perturbate":
-            return Decoding(**common)  # type: ignore[arg-type]
-        beams = self.num_samples if self.method == "beam-search-single-sample" else self.beam_size
-        return Decoding(beams=beams, **common)  # type: ignore[arg-type]
+            common |= dict(sample=True, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        return Decoding(beams, length_penalty=self.length_penalty, **common)
 
     def keys(self, records: np.ndarray) -> np.ndarray:
         """(N,) numbers of records → (N · copies,) names of their draws."""

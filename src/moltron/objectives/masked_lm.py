@@ -20,8 +20,9 @@ import torch
 
 from moltron.common import rng
 from moltron.config.schema import ObjectiveConfig
+from moltron.layers.losses import IGNORE
 from moltron.models.batch import PackedBatch
-from moltron.objectives.streams import IGNORE, QUANTUM, Limits, Objective, surround
+from moltron.objectives.streams import QUANTUM, Limits, Objective, surround
 
 _NEVER = np.uint64(2**64 - 1)
 _ACTION, _LETTER = 1, 2  # counters below a residue's own bits

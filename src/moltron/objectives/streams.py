@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moltron.config.schema import ObjectiveConfig
+from moltron.layers.losses import IGNORE, cross_entropy_sum
 from moltron.models.batch import Output, PackedBatch
 
-IGNORE = -100  # the target of filler
 QUANTUM = 64  # M is a multiple of it
 
 
@@ -79,8 +78,7 @@ class Objective:
     def loss(self, output: Output, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Cross-entropy in nats, summed in fp32 over the targets, and their number; both 0-dim on the device."""
         assert output.logits is not None and batch.targets is not None, "the batch has no targets"
-        total = F.cross_entropy(output.logits.float(), batch.targets, ignore_index=IGNORE, reduction="sum")
-        return total, (batch.targets != IGNORE).sum()
+        return cross_entropy_sum(output.logits, batch.targets)
 
 
 def surround(ids: np.ndarray, lengths: np.ndarray, prefix: tuple[int, ...], suffix: tuple[int, ...]) -> np.ndarray:
