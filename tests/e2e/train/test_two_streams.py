@@ -165,5 +165,5 @@ def test_what_does_not_fit_is_said(command, tiny_store, tmp_path):
     for part in ("data.decoder_max_length=64 > model.max_positions=48", "batch.decoder_tokens=32 <", "density=2"):
         assert part in str(error.value)
     keys = command("megamolbart", tmp_path / "fourth", "data.clusters=false")
-    with pytest.raises(ValueError, match="decoder_smiles=canonical choose among .*: set data.clusters=true"):
+    with pytest.raises(ValueError, match=r"decoder_smiles=canonical choose among .*: set data.clusters=true"):
         train(load_config(TrainConfig, keys))
