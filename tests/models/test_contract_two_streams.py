@@ -275,7 +275,10 @@ def test_steps_equal_the_packed_forward(decoding):
     with torch.no_grad():
         expected = by_sequence(model.logits(model(batch).hidden), decoder)
         whole = model.start(model.encode(batch), batch.layout, capacity=140)
-    logits = decode(model, whole.select(torch.arange(5)), decoder)
+        real = model.start(model.encode(batch), batch.layout, 140, batch.num_sequences)
+    assert whole.visible.shape[0] > real.visible.shape[0] == 5
+    logits = decode(model, real, decoder)
+    torch.testing.assert_close(logits, decode(model, whole.select(torch.arange(5)), decoder), rtol=1e-5, atol=1e-5)
     assert logits.shape == (5, 140, model.config.vocab_size)
     for got, want in zip(logits, expected, strict=True):
         torch.testing.assert_close(got[: len(want)], want, rtol=1e-5, atol=1e-5)

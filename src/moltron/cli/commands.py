@@ -20,11 +20,18 @@ from moltron.config.schema import (
 
 
 def prepare(config: PrepareConfig) -> int:
-    from moltron.common.logging import setup_logging
+    from moltron.common.logging import get_logger, setup_logging
     from moltron.data.prepare import prepare
 
     setup_logging()
-    prepare(config)
+    manifest, log = prepare(config), get_logger(__name__)
+    for name, split in manifest["splits"].items():
+        unit = "tokens" if "tokens" in split else "residues"
+        clusters = f" in {split['clusters']:,} clusters" if "clusters" in split else ""
+        log.info("%s: %s records%s, %s %s", name, f"{split['records']:,}", clusters, f"{split[unit]:,}", unit)
+    for what in ("cleaning", "rejects"):
+        if manifest[what]:
+            log.info("%s: %s", what, ", ".join(f"{count:,} {name}" for name, count in manifest[what].items()))
     return 0
 
 

@@ -52,7 +52,7 @@ class Progress:
 
     def __init__(self, name: str, total: int | None, start: int = 0, enabled: bool = True, every: float = 10.0):
         self.name, self.total, self.every, self.enabled = name, total, every, enabled
-        self.last_line = 0.0
+        self.last_line, self.shown = 0.0, -1
         self.bar: RichProgress | None = None
         if enabled and console().is_terminal:
             name_column, text_column = TextColumn("[bold]{task.description}"), TextColumn("{task.fields[text]}")
@@ -77,7 +77,7 @@ class Progress:
             self.bar.update(self.task, completed=completed, text=text)
             return
         now = time.monotonic()
-        if completed == self.total or now - self.last_line >= self.every:
-            self.last_line = now
+        if completed != self.shown and (completed == self.total or now - self.last_line >= self.every):
+            self.last_line, self.shown = now, completed
             of = f"/{self.total}" if self.total is not None else ""
             get_logger(ROOT).info("%s %d%s  %s", self.name, completed, of, text)

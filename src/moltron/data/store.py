@@ -160,10 +160,18 @@ class Store:
         return int(self._first[-1])
 
     def ids(self, rows: Iterable[int]) -> list[str]:
+        return self._cells(0, rows)
+
+    def texts(self, rows: Iterable[int]) -> list[str]:
+        """Column `sequence`, as it was prepared."""
+        return self._cells(1, rows)
+
+    def _cells(self, column: int, rows: Iterable[int]) -> list[str]:
         rows = np.asarray(rows, dtype=np.int64)
         self._check_rows(rows)
         batch = np.searchsorted(self._first, rows, side="right") - 1
-        return [self._batches[b].column(0)[row].as_py() for b, row in zip(batch, (rows - self._first[batch]).tolist())]
+        places = zip(batch, (rows - self._first[batch]).tolist())
+        return [self._batches[b].column(column)[row].as_py() for b, row in places]
 
     def gather(self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Letters, or codes, `starts[i] … starts[i] + lengths[i]` of record `rows[i]`, one after the other

@@ -128,7 +128,8 @@ class Model:
 
     def interpolate(self, first: str, second: str, num_interpolations: int = 11, **how: Any) -> list[str]:
         """What the points between two sequences decode to, the ends left out. how: as in `decode`."""
-        return self.decode(interpolate(*self.hiddens([first, second]), num_interpolations), **how)
+        one, other = self.hiddens([first, second])
+        return self.decode(interpolate(one, other, num_interpolations), **how)
 
     def explore(
         self, hiddens: Sequence[np.ndarray], sampling: Sampling, records: np.ndarray | None = None
@@ -211,6 +212,14 @@ class Model:
             {layer: stitch(x, owners) for layer, x in encoded.hiddens.items()},
             stitch(encoded.logits, owners) if wanted.logits else [],
         )
+
+    def _cleaned(self, sequences: Sequence[str]) -> list[bytes]:
+        if isinstance(sequences, str):
+            raise ValueError("a list of sequences is wanted, not one string: [sequence]")
+        results = [self.tokenizer.clean(sequence.encode()) for sequence in sequences]
+        if letters := sum((counts for _, counts in results), Counter()):
+            log.warning("odd letters, by the rule of moltron.tokenizers: %s", dict(letters))
+        return [sequence for sequence, _ in results]
 
     def _pieces(
         self, sequences: Sequence[bytes], long: str, limit: int, overlap: int

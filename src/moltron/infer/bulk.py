@@ -37,7 +37,6 @@ from moltron.infer.engine import POOLINGS, Wanted, ahead
 from moltron.infer.windows import POLICIES
 from moltron.infer.writers import FORMATS, Column, Rows, is_done, write_output, write_shard
 from moltron.parallel import collectives
-from moltron.tokenizers.residues import clean
 
 log = get_logger(__name__)
 SHARD_BYTES = 1 << 30  # of results: what one shard holds in memory
@@ -227,25 +226,27 @@ class _Job:
         a_residue = itemsize * sum(c.width for c in self.columns if c.ragged) + 9  # a letter and its id
         print("id", "source", "line", "reason", sep="\t", file=rejects)
         ids, sequences, size = [], [], 0
+        tokenizer = self.model.tokenizer
         for record in read_records(config.input, config.id_column, config.sequence_column):
             if isinstance(record, Reject):
                 sequence, letters, reason = b"", {}, record.reason
             else:
-                sequence, letters = clean(record.sequence)
+                sequence, letters = tokenizer.clean(record.sequence)
                 reason = None if sequence else "no residues"
-            if len(sequence) > self.limit and config.long == "error":
+            length = len(tokenizer.codes(sequence))
+            if length > self.limit and config.long == "error":
                 remedy = "long=truncate or long=window embeds it"
-                reason = f"{len(sequence)} residues, the model reads {self.limit}: {remedy}"
+                reason = f"{length} residues, the model reads {self.limit}: {remedy}"
             if reason is not None:
                 self.report.rejected += 1
                 fields = (record.id, record.source, str(record.line), reason)
                 print(*(" ".join(field.split()) for field in fields), sep="\t", file=rejects)
                 continue
             self.letters.update(letters)
-            self.report.long += len(sequence) > self.limit
+            self.report.long += length > self.limit
             ids.append(record.id)
             sequences.append(sequence)
-            size += a_record + a_residue * len(sequence)
+            size += a_record + a_residue * length
             if len(ids) == config.shard_size or size >= SHARD_BYTES:
                 yield ids, sequences, True
                 ids, sequences, size = [], [], 0

@@ -199,7 +199,7 @@ class Generator:
                 if not len(running):
                     break
                 if len(running) <= len(rows) // 2:
-                    cache.select(running)
+                    cache = cache.select(running)
                     rows, ids, ended = rows[running], ids[running], ended[running]
         counts = (ids_BC != self.eos_id).sum(1).tolist()
         found = zip(ids_BC.cpu().numpy(), counts, scores_B.tolist(), strict=True)
@@ -215,13 +215,13 @@ class Generator:
         """K live beams a row and its K best finished ones; a row ends when no live beam can still enter those."""
         size, width, limit = len(keys), settings.beams, self.limit(settings)
         cache = self.model.start(memory_TD, layout, limit)
-        cache.select(torch.arange(size, device=self.device).repeat_interleave(width))
-        full = dict(dtype=torch.int64, device=self.device)
+        cache = cache.select(torch.arange(size, device=self.device).repeat_interleave(width))
         live = torch.full((size, width), -math.inf, dtype=torch.float64, device=self.device)
         live[:, 0] = 0.0  # all beams are the same at first: one counts
         best = torch.full_like(live, -math.inf)
-        live_ids, best_ids = (torch.full((size, width, limit), self.eos_id, **full) for _ in range(2))
-        ids = torch.full((size * width,), self.bos_id, **full)
+        live_ids = torch.full((size, width, limit), self.eos_id, dtype=torch.int64, device=self.device)
+        best_ids = live_ids.clone()
+        ids = torch.full((size * width,), self.bos_id, dtype=torch.int64, device=self.device)
         offsets = torch.arange(size, device=self.device)[:, None] * width
         for step in range(limit):
             log_p = self.model.step(ids, cache).float().log_softmax(-1).double().unflatten(0, (size, width))
@@ -238,7 +238,7 @@ class Generator:
             if (step + 1) % CHECK_EVERY == 0 and bool((live[:, 0] / penalty(limit, settings) <= best[:, -1]).all()):
                 break
             ids = token.flatten()
-            cache.select((offsets + beam).flatten())
+            cache = cache.select((offsets + beam).flatten())
         unfinished = live / penalty(limit, settings) if step + 1 == limit else torch.full_like(live, -math.inf)
         return self._ranked(best, best_ids, unfinished, live_ids)
 

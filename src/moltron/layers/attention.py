@@ -30,10 +30,7 @@ from moltron.layers.positions import Rotary, apply_rotary
 if find_spec("triton") is None:
     packed_attention = packed_attend = None
 else:
-    from moltron.layers import triton_attention
-
-    packed_attention = triton_attention.packed_attention
-    packed_attend = getattr(triton_attention, "packed_attend", None)
+    from moltron.layers.triton_attention import packed_attend, packed_attention
 
 
 class RelativeBias(NamedTuple):

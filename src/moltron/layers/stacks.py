@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moltron.layers.attention import RelativeBias, attend
+from moltron.layers.attention import RelativeBias, attend, attend_qkv
 from moltron.layers.blocks import FeedForward, SelfAttention
 from moltron.layers.layout import Layout
 
@@ -115,8 +115,12 @@ class EncoderBlock(nn.Module):
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
     def attend_own(self, x_TD: Tensor, layout: Layout, bias: RelativeBias | None) -> Tensor:
-        q_TNH, k_TNH, v_TNH = self.attention.heads(self.attention_norm(x_TD)).unbind(2)
-        out_TNH = attend(q_TNH, k_TNH, v_TNH, layout, layout, causal=self.causal, bias=bias, scale=self.scale)
+        qkv_TN3H = self.attention.heads(self.attention_norm(x_TD))
+        if self.causal or bias is not None or self.scale is not None:
+            q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
+            out_TNH = attend(q_TNH, k_TNH, v_TNH, layout, layout, causal=self.causal, bias=bias, scale=self.scale)
+        else:
+            out_TNH = attend_qkv(qkv_TN3H, layout, None)  # the gradient comes as one tensor, too
         return self.attention.out(out_TNH.flatten(1))
 
 
@@ -195,17 +199,18 @@ class Stack(nn.Module):
             hiddens[len(self.layers)] = x_TD
         return x_TD, hiddens
 
-    def start(self, memory_SD: Tensor, layout: Layout, capacity: int) -> Cache:
-        """A decoder's cache before the first token, for all sequences of `layout`."""
-        starts, ends = layout.cu_seqlens[:-1, None].long(), layout.cu_seqlens[1:, None]
-        at_BK = starts + torch.arange(max(layout.lengths), device=memory_SD.device)
+    def start(self, memory_SD: Tensor, layout: Layout, capacity: int, num_sequences: int) -> Cache:
+        """A decoder's cache before the first token, for the first sequences of `layout`."""
+        bounds_B1 = layout.cu_seqlens[: num_sequences + 1, None].long()
+        starts, ends = bounds_B1[:-1], bounds_B1[1:]
+        at_BK = starts + torch.arange(max(layout.lengths[:num_sequences]), device=memory_SD.device)
         empty_BK = at_BK >= ends
         visible_BK = ~empty_BK
         visible_BK[:, 0] = True  # of an empty sequence one key of zeros: its attention is 0, not 0/0
         at_BK = at_BK.clamp(max=len(memory_SD) - 1)
         blocks = [cast(DecoderBlock, layer) for layer in self.layers.values()]
         memory = [block.start(memory_SD, at_BK, empty_BK) for block in blocks]
-        shape = (len(layout.lengths), memory[0][0].shape[1], capacity, memory[0][0].shape[3])
+        shape = (num_sequences, memory[0][0].shape[1], capacity, memory[0][0].shape[3])
         own = [(memory_SD.new_zeros(shape), memory_SD.new_zeros(shape)) for _ in blocks]
         return Cache(own, memory, visible_BK[:, None, None])
 

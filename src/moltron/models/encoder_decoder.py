@@ -96,8 +96,8 @@ class EncoderDecoder(nn.Module):
         return self.head(hidden_MD, self.embed.weight)[:, : self.config.vocab_size].contiguous()
 
     @torch.no_grad()
-    def start(self, memory_TD: Tensor, layout: Layout, capacity: int) -> Cache:
-        """A cache for decoding all B sequences of `layout`, filler too (`Cache.select` drops it).
+    def start(self, memory_TD: Tensor, layout: Layout, capacity: int, num_sequences: int | None = None) -> Cache:
+        """A cache for decoding the first `num_sequences` of `layout` (a batch's real ones); None: all, filler too.
 
         memory_TD: what `encode` gave, or something near it. capacity: the most tokens that will be fed to `step`.
         """
@@ -105,7 +105,10 @@ class EncoderDecoder(nn.Module):
             raise ValueError(
                 f"{capacity} tokens to decode, but the model has positions for {self.config.max_positions}"
             )
-        return (self.decoder or self._no_decoder()).start(memory_TD, layout, capacity)
+        decoder = self.decoder or self._no_decoder()
+        return decoder.start(
+            memory_TD, layout, capacity, len(layout.lengths) if num_sequences is None else num_sequences
+        )
 
     @torch.no_grad()
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:

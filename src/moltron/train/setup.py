@@ -232,9 +232,12 @@ def build_run(config: TrainConfig, device: torch.device) -> Run:
     family, architecture = _model_section(config)
     assert family is not None
     spec, precision = get_spec(family), resolve_precision(config.train.precision, device)
-    can_compile = device.type == "cuda" and precision != "fp32"  # elsewhere attention goes by lengths, new in each pack
+    model_config = make_config(family, architecture)
+    # elsewhere attention goes by lengths, new in each pack
+    can_compile = device.type == "cuda" and precision != "fp32" and getattr(model_config, "trains_compiled", True)
     if config.train.compile and not can_compile:
-        raise ConfigError(["train.compile=true needs CUDA and train.precision=bf16 or fp16: leave it out"])
+        needs = "CUDA, train.precision=bf16 or fp16, and a model without relative biases"
+        raise ConfigError([f"train.compile=true needs {needs}: leave it out"])
     model = parallelize(
         build_model(family, architecture),
         spec.plan,
@@ -243,7 +246,6 @@ def build_run(config: TrainConfig, device: torch.device) -> Run:
         compile=can_compile if config.train.compile is None else config.train.compile,
         reshard_after_forward=config.parallel.reshard_after_forward,
     )
-    model_config = make_config(family, architecture)
     sched = config.optim.schedule
     rate = schedule.build_schedule(sched, config.optim.lr, config.train.max_steps, model_config.hidden_size)
     run = Run(

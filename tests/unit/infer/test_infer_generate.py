@@ -19,8 +19,9 @@ class Cache:
         self.memory_BD, self.before, self.used, self.capacity = memory_BD, None, 0, capacity
 
     def select(self, rows):
-        self.memory_BD = self.memory_BD[rows]
-        self.before = None if self.before is None else self.before[rows]
+        selected = Cache(self.memory_BD[rows], self.capacity)
+        selected.before, selected.used = None if self.before is None else self.before[rows], self.used
+        return selected
 
 
 class Toy(torch.nn.Module):

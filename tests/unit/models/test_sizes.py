@@ -57,6 +57,7 @@ def test_what_a_section_may_say(changes, problem):
     assert architecture_problems("prott5", SIZES | changes) == ([problem] if problem else [])
 
 
-def test_whether_positions_end_follows_from_the_architecture():
-    assert make_config("prott5", SIZES).positions_end
-    assert not make_config("prott5", {**SIZES, "architecture": "t5"}).positions_end
+def test_what_follows_from_the_architecture():
+    nv, t5 = make_config("prott5", SIZES), make_config("prott5", {**SIZES, "architecture": "t5"})
+    assert (nv.positions_end, nv.trains_compiled) == (True, True)
+    assert (t5.positions_end, t5.trains_compiled) == (False, False)

@@ -54,8 +54,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         rejects = stack.enter_context(closing(Rejects(stage / "rejects.tsv")))
         files = {role: expand_inputs(path) for role, path in inputs.items() if path is not None}
         sizes = [None if file == "-" else Path(file).stat().st_size for named in files.values() for file in named]
-        total = None if None in sizes else sum(filter(None, sizes)) >> 20
-        progress = Progress("reading, MiB", total)
+        total = None if None in sizes else sum(filter(None, sizes)) >> 10
+        progress = Progress("reading, KiB", total)
         workers = stack.enter_context(Workers(config.workers))
         with progress, closing(Spool(stage / "spool.arrow", config, rejects, progress, workers)) as spool:
             for role, named in files.items():

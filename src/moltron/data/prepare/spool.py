@@ -81,7 +81,7 @@ class Spool:
         molecules = self.kind == "molecule"
         longest = config.max_length or (LONGEST if molecules else 1 << 31)
         ids, sequences, lines, letters = [], [], [], 0
-        for item, sequence, length, problem in (self._molecules if molecules else self._proteins)(source.records()):
+        for item, sequence, length, problem in (self._molecules if molecules else self._proteins)(source):
             self.num_read += 1
             if isinstance(item, Reject):
                 rejects.add(*item)
@@ -104,17 +104,19 @@ class Spool:
                 ids, sequences, lines, letters = [], [], [], 0
         self._flush([ids, sequences, lines], source, role)
 
-    def _proteins(self, items: Iterator[Record | Reject]) -> Iterator[Prepared]:
-        for item in items:
+    def _proteins(self, source: Source) -> Iterator[Prepared]:
+        for item in source.records():
             if isinstance(item, Reject):
                 yield item, b"", 0, None
             else:
                 sequence, problem = self._clean(item.sequence)
                 yield item, sequence, len(sequence), problem
 
-    def _molecules(self, items: Iterator[Record | Reject]) -> Iterator[Prepared]:
-        tasks = ((chunk, [i.sequence for i in chunk if isinstance(i, Record)]) for chunk in batched(items, CHUNK))
+    def _molecules(self, source: Source) -> Iterator[Prepared]:
+        chunks = batched(source.records(), CHUNK)
+        tasks = ((chunk, [item.sequence for item in chunk if isinstance(item, Record)]) for chunk in chunks)
         for chunk, results in self._workers.map(canonicalize, tasks, self._config):
+            self._show(source)
             found = iter(results)
             for item in chunk:
                 if isinstance(item, Reject):
@@ -136,13 +138,16 @@ class Spool:
         return cleaned, None if cleaned else "no residues"
 
     def _flush(self, columns: list[list[Any]], source: Source, role: int) -> None:
-        before = sum(entry["bytes"] for entry in self.sources)
-        self._progress.update((before + source.bytes_read) >> 20)
+        self._show(source)
         rows = len(columns[0])
         if rows:
             self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
             self._batches.append((rows, source.path))
             self._roles += bytes([role]) * rows
+
+    def _show(self, source: Source) -> None:
+        before = sum(entry["bytes"] for entry in self.sources)
+        self._progress.update((before + source.bytes_read) >> 10)
 
     def close(self) -> None:
         self._writer.close()

@@ -37,6 +37,11 @@ class ProtT5Config:
     def positions_end(self) -> bool:
         return self.architecture == "nv"
 
+    @property
+    def trains_compiled(self) -> bool:
+        """Not with a bias by distance: where it takes a gradient, attention goes by lengths, new in each pack."""
+        return self.architecture == "nv"
+
 
 class ProtT5(EncoderDecoder):
     def __init__(self, config: ProtT5Config):
