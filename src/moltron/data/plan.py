@@ -135,7 +135,8 @@ class BatchPlan:
         if saved["plan"] != self.fingerprint:
             raise ValueError(
                 "the saved place in the data belongs to another plan: the data, train.seed, batch.tokens, "
-                "data.max_length, data.window and data.clusters must be those the run was started with"
+                "batch.decoder_tokens, data.max_length, data.decoder_max_length, data.window and data.clusters must be "
+                "those the run was started with"
             )
         return Position(saved["epoch"], saved["window"], saved["bin"])
 

@@ -49,22 +49,18 @@ class Decoding:
 
     def problems(self) -> list[str]:
         """What cannot work, as sentences."""
-        problems = []
-        if self.beams < 1:
-            problems.append(f"beam_size={self.beams} must be at least 1")
-        if self.sample and self.beams > 1:
-            problems.append(f"a beam search (beam_size={self.beams}) does not sample")
-        if not self.temperature > 0:
-            problems.append(f"temperature={self.temperature} must be greater than 0; greedy methods take the likeliest")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            problems.append(f"top_k={self.top_k} must be at least 0, top_p={self.top_p} in (0, 1]")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            problems.append(f"max_tokens={self.max_tokens} must be at least 1")
-        if self.radius < 0 or self.length_penalty < 0:
-            problems.append(
-                f"scaled_radius={self.radius} and length_penalty={self.length_penalty} must not be negative"
-            )
-        return problems
+        noise = f"scaled_radius={self.radius} and length_penalty={self.length_penalty} must not be negative"
+        greedy = f"temperature={self.temperature} must be greater than 0; greedy methods take the likeliest"
+        checks = {
+            f"beam_size={self.beams} must be at least 1": self.beams < 1,
+            f"a beam search (beam_size={self.beams}) does not sample": self.sample and self.beams > 1,
+            greedy: not self.temperature > 0,
+            f"top_k={self.top_k} must not be negative": self.top_k < 0,
+            f"top_p={self.top_p} must lie in (0, 1]": not 0 < self.top_p <= 1,
+            f"max_tokens={self.max_tokens} must be at least 1": self.max_tokens is not None and self.max_tokens < 1,
+            noise: min(self.radius, self.length_penalty) < 0,
+        }
+        return [problem for problem, is_wrong in checks.items() if is_wrong]
 
 
 @dataclass(frozen=True)

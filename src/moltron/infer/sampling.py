@@ -15,7 +15,7 @@ import numpy as np
 
 from moltron.infer.generate import Decoding
 
-METHODS = (
+METHODS: tuple[str, ...] = (
     "greedy-perturbate",
     "topkp-perturbate",
     "beam-search-perturbate",

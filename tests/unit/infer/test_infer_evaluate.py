@@ -14,7 +14,7 @@ from moltron.data.prepare import prepare
 from moltron.data.store import Store, StoreWriter
 from moltron.infer.evaluate import Evaluator, evaluate_file
 from moltron.models.batch import PackedBatch
-from moltron.objectives import get_objective
+from moltron.objectives import Limits, get_objective
 
 RESIDUES = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
 
@@ -81,7 +81,7 @@ def test_the_evaluator_leaves_the_model_as_it_was_and_reads_as_many_packs_as_it_
     arguments = (Store.open(tmp_path / "val.arrow"), model.tokenizer, ObjectiveConfig(), torch.device("cpu"))
     targets = []
     for packs in (0, 1, 2, None):
-        evaluator = Evaluator(*arguments, tokens=256, max_length=66, packs=packs)
+        evaluator = Evaluator(*arguments, tokens=(256,), limits=Limits(66), packs=packs)
         loss_sum, count = evaluator.sums(model.module)
         assert model.module.training
         assert evaluator.loss(model.module) == (loss_sum / count if count else pytest.approx(math.nan, nan_ok=True))
