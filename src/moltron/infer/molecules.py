@@ -54,8 +54,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """
     sampling = _check(config)
     setup_logging()
-    output = Path(config.output)
-    if output.exists() and not config.overwrite:
+    if (output := Path(config.output)).exists() and not config.overwrite:
         raise ValueError(f"output={output} exists: choose another one or set overwrite=true")
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     model = Model(load_pretrained(config.model), device, config.precision)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from moltron.checkpoint import manager as manager_module
 from moltron.checkpoint.manager import (
+from moltron.parallel import collectives
     MANIFEST,
     CheckpointError,
     CheckpointManager,
@@ -304,6 +305,7 @@ def on_rank(rank, world, store, job, folder):
 
 
 def spawn(world, job, folder, store):
+    collectives.shutdown()  # a group of one that an earlier test in this process left: forked, it would be inherited
     torch.multiprocessing.start_processes(
         on_rank, args=(world, store, job, folder), nprocs=world, start_method="fork", join=True
     )

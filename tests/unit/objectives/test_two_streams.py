@@ -255,15 +255,11 @@ def test_long_inputs_are_cut_and_the_decoder_may_write_another_smiles():
         ("prott5", DENOISING, "prott5 has no mask"),
         ("prott5", ObjectiveConfig(), "prott5 has no mask"),
         ("prott5", ObjectiveConfig(name="span_corruption", density=1.5, mean_span=0.5), "density=1.5.*mean_span=0.5"),
-<<<<<<< HEAD
         (
             "megamolbart",
             ObjectiveConfig(name="denoising", mask_prob=1.0, decoder_smiles="x"),
             "decoder_smiles=x.*mask_prob",
         ),
-=======
-        ("megamolbart", ObjectiveConfig(name="denoising", mask_prob=1, decoder_smiles="x"), "smiles=x.*mask_prob"),
->>>>>>> streams
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_said(tokenizer, config, message):
