@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from moltron.checkpoint import manager as manager_module
 from moltron.checkpoint.manager import (
-from moltron.parallel import collectives
     MANIFEST,
     CheckpointError,
     CheckpointManager,
@@ -26,6 +25,7 @@ from moltron.parallel import collectives
     list_checkpoints,
     read_manifest,
 )
+from moltron.parallel import collectives
 
 
 def make_state(step: int) -> dict[str, torch.Tensor]:
