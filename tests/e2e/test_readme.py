@@ -1,8 +1,8 @@
 """Every block that a page marks `<!-- run -->` is run, as a reader would: in order, in one folder a page.
 
 Each page starts in a folder that holds `examples/`, a prepared `store` and a trained `run`, except README.md, which
-makes them itself. To be quick, the example proteins are every twelfth only, and `train.max_steps=…` becomes 2; nothing
-else is changed.
+makes them itself. To be quick, the examples are every twelfth protein and every fifth molecule only, and
+`train.max_steps=…` becomes 2; nothing else is changed.
 """
 
 import os
@@ -27,6 +27,9 @@ def add_examples(folder: Path) -> None:
     (folder / "examples/data").mkdir(parents=True)
     records = (ROOT / "examples/data/proteins.fasta").read_text().split(">")[1:]
     (folder / "examples/data/proteins.fasta").write_text("".join(">" + record for record in records[::12]))
+    molecules = (ROOT / "examples/data/molecules.csv").read_text().splitlines(keepends=True)
+    (folder / "examples/data/molecules.csv").write_text("".join([molecules[0], *molecules[1::5]]))
+    shutil.copytree(ROOT / "examples/molecule", folder / "examples/molecule")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

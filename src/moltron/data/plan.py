@@ -85,8 +85,8 @@ class BatchPlan:
         self.clusters = store.clusters if clusters else None
         self.num_items = len(store) if self.clusters is None else len(self.clusters.count)  # records or clusters
         self.num_windows = -(-self.num_items // window)
-        drawn, rows = self.clusters is not None, (objective.encoder_rows, objective.decoder_rows)
-        identity = (store.fingerprint, tokens, limits, self.room, window, seed, drawn, shuffle, rows)
+        learned, drawn = (objective.config, objective.seed), self.clusters is not None
+        identity = (store.fingerprint, tokens, limits, self.room, window, seed, drawn, shuffle, learned)
         self.fingerprint = sha256(repr(identity).encode()).hexdigest()[:16]
 
     def _problems(self, window: int, clusters: bool) -> list[str]:

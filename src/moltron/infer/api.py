@@ -108,16 +108,14 @@ class Model:
 
     # ------------------------------------------------------------------------------------------------ new sequences
 
-    def decode(
-        self, hiddens: Sequence[np.ndarray] | np.ndarray, mask: np.ndarray | None = None, **how: Any
-    ) -> list[str]:
+    def decode(self, hiddens: Sequence[np.ndarray] | np.ndarray, mask: Any = None, **how: Any) -> list[str]:
         """The sequence that each record's hidden states decode to.
 
         hiddens: N of (L, D) as `hiddens` gives them, or (N, L, D) with mask (N, L), True where a token is.
         how: fields of `generate.Decoding`, e.g. beams=5; none: greedy. Raises ValueError where there is no decoder.
         """
         if mask is not None:
-            hiddens = [h[m.astype(bool)] for h, m in zip(hiddens, mask, strict=True)]
+            hiddens = [h[np.asarray(m, dtype=bool)] for h, m in zip(hiddens, mask, strict=True)]
         return [self._text(found[0]) for found in self.generator.decode(list(hiddens), Decoding(**how))]
 
     def sample(self, sequences: Sequence[str], method: str = METHODS[0], **how: Any) -> list[list[str]]:

@@ -1,0 +1,162 @@
+"""`moltron generate`: the table, the report and the rejects, for molecules that are known beforehand."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from moltron.checkpoint.weights import save_pretrained
+from moltron.config.schema import GenerateConfig
+from moltron.data.store import Clusters, StoreWriter
+from moltron.infer import molecules
+from moltron.infer.api import Model, load_model
+from moltron.infer.generate import Hypothesis
+from moltron.infer.sampling import METHODS, Sampling, interpolate
+from moltron.models.registry import build_model, get_spec
+from moltron.tokenizers import get_tokenizer
+
+SIZES = dict(hidden_size=32, num_layers=1, num_decoder_layers=2, num_heads=2, ffn_size=32, max_positions=24)
+SEEDS = ["CCO", "c1ccccc1", "CC(=O)O"]
+TOKENIZER = get_tokenizer("megamolbart")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model = build_model("megamolbart", SIZES, "cpu")
+    model.init_weights(3)
+    return str(save_pretrained(model, get_spec("megamolbart"), model.config, tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch):
+    """Generates with decoders that say what they are told to."""
+
+    def run(answers, records=SEEDS, **settings):
+        (tmp_path / "in.csv").write_text("id,smiles\n" + "".join(f"m{i},{s}\n" for i, s in enumerate(records)))
+        said = iter(answers or [])
+
+        def explore(self, hiddens, sampling, numbers):
+            each = 1 if settings.get("method") == "interpolate" else sampling.copies * sampling.kept
+            texts = [[next(said) for _ in range(each)] for _ in hiddens]
+            return [[Hypothesis(TOKENIZER.encode(t), -1.5, True) for t in some] for some in texts]
+
+        if answers is not None:
+            monkeypatch.setattr(Model, "explore", explore)
+        config = GenerateConfig(folder, str(tmp_path / "in.csv"), str(tmp_path / "out.csv"), **settings)
+        report = molecules.generate(config)
+        with open(tmp_path / "out.csv", newline="") as file:
+            return report, list(csv.DictReader(file))
+
+    return run
+
+
+def test_the_report_counts_what_the_table_shows(run, tmp_path):
+    answers = ["OCC", "CCN", "CCN", "C1CC", "c1ccccc1C", "Cc1ccccc1", "CC(C", "CC(=O)OC", "CCOC(C)=O"]
+    report, rows = run(answers, num_samples=3)
+    assert [row["id"] for row in rows] == [f"m{i}" for i in (0, 1, 2) for _ in range(3)]
+    assert [row["smiles"] for row in rows][:4] == ["CCO", "CCN", "CCN", "C1CC"]
+    assert [row["valid"] for row in rows] == list("111011011")
+    assert [row["novel"] for row in rows] == list("011011011"), "the seed itself is not novel"
+    assert report["seeds"] == 3 and report["generated"] == 9
+    assert report["validity"] == 7 / 9
+    assert report["uniqueness"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    assert report["novelty"] == 6 / 7
+    assert report["nuv"] == 4 / 9  # CCN, toluene, two esters
+    assert rows[0]["similarity"] == "1.000" and 0 < float(rows[1]["similarity"]) < 1
+    assert rows[3]["qed"] == rows[3]["similarity"] == "" and rows[0]["log_probability"] == "-1.5000"
+    valid = [row for row in rows if row["valid"] == "1"]
+    assert report["qed"] == pytest.approx(np.mean([float(row["qed"]) for row in valid]), abs=1e-3)
+    assert json.loads((tmp_path / "out.json").read_text()) == report
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG") and report["rejected"] == 0
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.tsv"))
+
+
+def test_between_neighbours(run):
+    report, rows = run(["CC", "CCC", "CCCC", "CN"], method="interpolate", num_samples=2)
+    assert [row["id"] for row in rows] == ["m0 > m1"] * 2 + ["m1 > m2"] * 2
+    assert rows[0]["input"] == "CCO>c1ccccc1" and report["seeds"] == 2
+
+
+def test_bad_records_are_listed_and_do_not_shift_the_rest(run, tmp_path):
+    records = ["CCO", "C1CC", "C" * 25, "CN"]
+    report, rows = run(["CC", "CC"], records=records, num_samples=1)
+    assert [row["id"] for row in rows] == ["m0", "m3"] and report["rejected"] == 2
+    lines = (tmp_path / "out.csv.rejects.tsv").read_text().splitlines()
+    assert "m1" in lines[1] and "3\tRDKit cannot read this SMILES" in lines[1]
+    assert "m2" in lines[2] and "25 tokens, the model reads 24" in lines[2]
+
+
+def test_novelty_against_a_reference(run, tmp_path):
+    (tmp_path / "known.smi").write_text("OCCN first\nC1CC broken\n")
+    report, _ = run(["NCCO", "CCN"] * 3, num_samples=2, reference=str(tmp_path / "known.smi"))
+    assert report["novelty"] == 1 / 2
+    with StoreWriter(
+        tmp_path / "train.arrow", "molecule", tokens=True
+    ) as writer:  # a molecule: canonical, then another
+        smiles = ["CCN", "NCC", "CCCl", "ClCC"]
+        writer.add(list("aabb"), smiles, [TOKENIZER.codes(s.encode()) for s in smiles])
+    Clusters(np.array([0, 2]), np.array([2, 2]), np.arange(4)).save(tmp_path / "train.arrow")
+    report, _ = run(["CCCl", "CCBr"] * 3, num_samples=2, reference=str(tmp_path / "train.arrow"), overwrite=True)
+    assert report["novelty"] == 1 / 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_as_many_as_it_says(run, method):
+    report, rows = run(None, method=method, num_samples=2, beam_size=3, scaled_radius=0.3, max_tokens=6)
+    each = 2 * 3 if method == "beam-search-perturbate-sample" else 2
+    assert report["generated"] == len(rows) == each * len(SEEDS)
+
+
+def test_what_is_made_does_not_depend_on_the_rest_of_the_file(folder):
+    model, sampling = load_model(folder), Sampling("topkp-perturbate", num_samples=3, max_tokens=8, seed=5)
+    hiddens = model.hiddens(SEEDS)
+    ids = lambda found: [h.ids.tolist() for h in found]  # noqa: E731
+    together = model.explore(hiddens, sampling)
+    alone = model.explore(hiddens[1:2], sampling, np.array([1]))
+    assert ids(together[1]) == ids(alone[0]) and ids(together[0]) != ids(together[1])
+
+
+def test_in_python(folder):
+    model = load_model(folder)
+    hiddens = model.hiddens(SEEDS)
+    assert [h.shape for h in hiddens] == [(3, 32), (8, 32), (7, 32)]
+    decoded = model.decode(hiddens, beams=2, max_tokens=5)
+    padded, mask = np.zeros((3, 8, 32), np.float32), np.zeros((3, 8), bool)
+    for row, kept, h in zip(padded, mask, hiddens, strict=True):
+        row[: len(h)], kept[: len(h)] = h, True
+    assert model.decode(padded, mask, beams=2, max_tokens=5) == decoded and len(decoded) == 3
+    samples = model.sample(SEEDS, num_samples=4, max_tokens=5)
+    assert [len(some) for some in samples] == [4, 4, 4]
+    assert len(model.interpolate("CCO", "CCN", 6, max_tokens=5)) == 6
+
+
+def test_interpolation_is_linear_and_the_longer_one_keeps_its_end():
+    short, long = np.zeros((2, 3), np.float32), np.ones((4, 3), np.float32)
+    there = interpolate(short, long, 3)
+    assert [point[0, 0] for point in there] == [0.25, 0.5, 0.75]
+    assert all((point[2:] == 1).all() and point.shape == (4, 3) for point in there)
+    back = interpolate(long, short, 3)
+    assert [point[0, 0] for point in back] == [0.75, 0.5, 0.25] and (back[0][2:] == 1).all()
+    (middle,) = interpolate(np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32), 1)
+    assert middle == 0.5
+
+
+def test_what_cannot_work_is_said(run, folder, model_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"method=x is unknown; there are: interpolate, greedy"):
+        run([], method="x")
+    with pytest.raises(ValueError, match="num_samples=0"):
+        run([], num_samples=0)
+    run(["CC"] * 3, num_samples=1)
+    with pytest.raises(ValueError, match="exists"):
+        run(["CC"] * 3, num_samples=1)
+    with pytest.raises(ValueError, match=r"the name must end in \.csv"):
+        molecules.generate(GenerateConfig(folder, "in.csv", "out.txt"))
+    with pytest.raises(ValueError, match=r"is of proteins: `generate` makes molecules"):
+        molecules.generate(GenerateConfig(model_folder, str(tmp_path / "in.csv"), str(tmp_path / "protein.csv")))
+    with pytest.raises(ValueError, match="has no decoder"):
+        load_model(model_folder).decode([np.zeros((3, 48), np.float32)])
+    with pytest.raises(ValueError, match="puts no token before a sequence"):
+        load_model(folder).embed(["CCO"], "cls")
+    with pytest.raises(ValueError, match="has not two molecules"):
+        run([], records=["CCO"], method="interpolate", overwrite=True)
