@@ -55,11 +55,14 @@ class Reject(NamedTuple):
 
 
 def read_records(
-    path: str | Path, id_column: str | None = None, sequence_column: str | None = None
+    path: str | Path, id_column: str | None = None, sequence_column: str | None = None, alphabet: str = "molecule"
 ) -> Iterator[Record | Reject]:
-    """All records of a file, folder, range or standard input (`-`), in order. Raises: ValueError, see the module."""
+    """All records of a file, folder, range or standard input (`-`), in order. Raises: ValueError, see the module, and
+    for molecules where the alphabet is "protein"."""
     for file in expand_inputs(path):
         with Source(file, id_column, sequence_column) as source:
+            if source.kind == "molecule" and alphabet == "protein":
+                raise ValueError(f"{file} holds molecules (SMILES), proteins are wanted: give another file or model")
             yield from source.records()
 
 

@@ -96,6 +96,8 @@ def evaluate_file(config: EvaluateConfig) -> dict[str, float | int]:
         file = Path(folder, "records.arrow")
         path = config.input if config.input.endswith(".arrow") else _write_store(config, model.tokenizer, file)
         store = Store.open(path)
+        if store.alphabet != model.tokenizer.alphabet:
+            raise ValueError(f"{path} holds {store.alphabet}s, the model reads {model.tokenizer.alphabet}s")
         evaluator = Evaluator(store, model.tokenizer, objective, device, tokens=(tokens, tokens), limits=limits)
         loss_sum, targets = evaluator.sums(model.module)
         count = evaluator.loader.plan.num_items
@@ -109,7 +111,7 @@ def _write_store(config: EvaluateConfig, tokenizer: Tokenizer, path: Path) -> Pa
     """All records of a FASTA, CSV or SMILES file, cleaned."""
     is_molecule, odd = tokenizer.alphabet == "molecule", 0
     with StoreWriter(path, tokenizer.alphabet, tokens=is_molecule) as writer:
-        for records in _batches(config):
+        for records in _batches(config, tokenizer.alphabet):
             ids, sequences = [], []
             for record in records:
                 sequence, letters = (b"", {}) if isinstance(record, Reject) else tokenizer.clean(record.sequence)
@@ -125,7 +127,7 @@ def _write_store(config: EvaluateConfig, tokenizer: Tokenizer, path: Path) -> Pa
     return path
 
 
-def _batches(config: EvaluateConfig) -> Iterator[list[Record | Reject]]:
-    records = read_records(config.input, config.id_column, config.sequence_column)
+def _batches(config: EvaluateConfig, alphabet: str) -> Iterator[list[Record | Reject]]:
+    records = read_records(config.input, config.id_column, config.sequence_column, alphabet)
     while some := list(islice(records, 10_000)):
         yield some

@@ -12,7 +12,7 @@ R rows, B rows in a batch, K beams, L tokens of one record, S the longest L, D w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,12 +103,11 @@ class Generator:
         settings: Decoding,
         rows: np.ndarray | None = None,
         keys: np.ndarray | None = None,
-        progress: Callable[[int], None] = lambda done: None,
     ) -> list[list[Hypothesis]]:
         """Hypotheses of each row, the best first: one, or `settings.beams` where these are more than one.
 
         hiddens: N of (L, D). rows: (R,) which of them each row decodes; None: each once. keys: (R,) non-negative
-        integers that name the rows' random draws; None: 0 … R−1. progress: told how many rows are done.
+        integers that name the rows' random draws; None: 0 … R−1.
         Raises ValueError for settings that cannot work.
         """
         if problems := settings.problems():
@@ -119,14 +118,11 @@ class Generator:
         if len(rows) and lengths[rows].min() == 0:
             raise ValueError(f"hidden states {int(rows[lengths[rows].argmin()])} have no tokens")
         results: list[list[Hypothesis]] = [[]] * len(rows)
-        done = 0
         for batch in self._batches(lengths[rows], settings):
             memory, layout = self._memory(hiddens, lengths, rows[batch], keys[batch], settings)
             decode = self._beams if settings.beams > 1 else self._single
             for row, found in zip(batch.tolist(), decode(memory, layout, keys[batch], settings), strict=True):
                 results[row] = found
-            done += len(batch)
-            progress(done)
         return results
 
     def limit(self, settings: Decoding) -> int:

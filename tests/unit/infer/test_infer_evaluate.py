@@ -9,9 +9,10 @@ import torch
 
 from moltron import load_model
 from moltron.cli.main import main
-from moltron.config.schema import EvaluateConfig, ObjectiveConfig, PrepareConfig
+from moltron.config.schema import EmbedConfig, EvaluateConfig, ObjectiveConfig, PrepareConfig
 from moltron.data.prepare import prepare
 from moltron.data.store import Store, StoreWriter
+from moltron.infer.bulk import embed
 from moltron.infer.evaluate import Evaluator, evaluate_file
 from moltron.models.batch import PackedBatch
 from moltron.objectives import Limits, get_objective
@@ -87,3 +88,15 @@ def test_the_evaluator_leaves_the_model_as_it_was_and_reads_as_many_packs_as_it_
         assert evaluator.loss(model.module) == (loss_sum / count if count else pytest.approx(math.nan, nan_ok=True))
         targets.append(count)
     assert targets[0] == 0 < targets[1] < targets[2] < targets[3]
+
+
+def test_molecules_are_refused_by_a_model_of_proteins(model_folder, tmp_path):
+    (tmp_path / "in.smi").write_text("CCO ethanol\n")
+    with pytest.raises(ValueError, match=r"in\.smi holds molecules \(SMILES\), proteins are wanted"):
+        evaluate_file(EvaluateConfig(model_folder, str(tmp_path / "in.smi")))
+    with pytest.raises(ValueError, match=r"in\.smi holds molecules"):
+        embed(EmbedConfig(model_folder, str(tmp_path / "in.smi"), str(tmp_path / "out.npz")))
+    with StoreWriter(tmp_path / "val.arrow", "molecule", tokens=True) as writer:
+        writer.add(["a"], ["CCO"], [b"\x01\x01\x0e"])
+    with pytest.raises(ValueError, match=r"val\.arrow holds molecules, the model reads proteins"):
+        evaluate_file(EvaluateConfig(model_folder, str(tmp_path / "val.arrow")))
