@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.collectives import world_size
@@ -75,6 +75,33 @@ def assign_full(parameter: nn.Parameter, value: Tensor) -> None:
         if isinstance(parameter, DTensor):
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(value)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded: a view."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_stack(parts: Tensor, like: Tensor) -> Tensor:
+    """This rank's parts of K tensors that are laid out as `like`, (K, …) → the whole tensors, in one collective."""
+    if not isinstance(like, DTensor):
+        return parts
+    shape = torch.Size((len(parts), *like.shape))
+    stride = (like.numel(), *like.stride())
+    return DTensor.from_local(
+        parts, like.device_mesh, _stacked(like), run_check=False, shape=shape, stride=stride
+    ).full_tensor()
+
+
+def own_stack(wholes: Tensor, like: Tensor) -> Tensor:
+    """The way back of `gather_stack`: no communication."""
+    if not isinstance(like, DTensor):
+        return wholes
+    return distribute_tensor(wholes, like.device_mesh, _stacked(like), src_data_rank=None).to_local()
+
+
+def _stacked(like: DTensor) -> list[Placement]:
+    return [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
 
 
 def load_full_state(model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> None:

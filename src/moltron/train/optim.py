@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moltron.config.schema import OptimConfig
 from moltron.models.spec import ParallelPlan
-from moltron.parallel.apply import assign_full, units
+from moltron.parallel.apply import gather_stack, local, own_stack, units
 
 NAMES = ("adamw", "muon")
 STACK = 2**26  # elements orthogonalised at once: bounds Muon's extra memory to a few times 128 MB
@@ -26,32 +26,32 @@ STACK = 2**26  # elements orthogonalised at once: bounds Muon's extra memory to 
 class Muon(torch.optim.Muon):
     """torch's Muon, for sharded matrices too, and with one batched iteration for all matrices of one shape.
 
-    An update needs the whole matrix: the momentum stays sharded, its look-ahead is gathered, every rank orthogonalises
-    it and keeps its own rows.
+    An update needs whole matrices: the momentum stays sharded, its look-ahead is gathered, one stack at a time, every
+    rank orthogonalises it and keeps its own part. What each rank does to its own part goes past DTensor, whose
+    dispatch would cost more than the arithmetic.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
-            decay = 1 - group["lr"] * group["weight_decay"]
             for parameters in _stacks(group["params"]):
-                updates = torch.stack([self._look_ahead(p, group["momentum"]) for p in parameters])
+                ahead = self._look_ahead(parameters, group["momentum"])
+                updates = gather_stack(torch.stack(ahead), parameters[0])
                 updates = newton_schulz(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 rows, columns = parameters[0].shape
                 lr = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for parameter, update in zip(parameters, updates, strict=True):
-                    own = torch.empty_like(parameter)
-                    assign_full(own, update)  # type: ignore[arg-type]
-                    parameter.mul_(decay).add_(own, alpha=-lr)
+                own = [update.to(parameters[0].dtype) for update in own_stack(updates, parameters[0])]
+                values = [local(p.data) for p in parameters]
+                torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(values, own, alpha=-lr)
 
-    def _look_ahead(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum of one matrix, whole, in bf16 (on a CPU, whose batched bf16 products crawl, in fp32)."""
-        assert parameter.grad is not None
-        buffer = self.state[parameter]["momentum_buffer"]
-        buffer.lerp_(parameter.grad, 1 - momentum)
-        update = parameter.grad.lerp(buffer, momentum)
-        update = update.float() if update.device.type == "cpu" else update.bfloat16()
-        return update.full_tensor() if hasattr(update, "full_tensor") else update  # type: ignore[operator]
+    def _look_ahead(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
+        """Nesterov momentum of this rank's parts, in bf16 (on a CPU, whose batched bf16 products crawl, in fp32)."""
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        ahead = torch._foreach_lerp(gradients, buffers, momentum)
+        return [x.float() if x.device.type == "cpu" else x.bfloat16() for x in ahead]
 
 
 def newton_schulz(x_KMN: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
