@@ -109,7 +109,15 @@ def train(size: str, store: Store, device: torch.device) -> Callable[[], int]:
     objective = get_objective(ObjectiveConfig(), tokenizer, 0)
     optimizer = Optimizer(model, spec.plan, OptimConfig(), 4e-4)
     step = TrainStep(
-        model, objective.loss, optimizer, device, clip=1.0, scaler=None, skip_nonfinite=False, sync_each=False
+        model,
+        objective.loss,
+        optimizer,
+        device,
+        clip=1.0,
+        scaler=None,
+        skip_nonfinite=False,
+        sync_each=False,
+        graphs=True,
     )
     plan = BatchPlan(store, objective, (tokens,), Limits(1024), seed=0)
     stream = iter(BatchLoader(plan, store, tokenizer, packs=1, pin=True, workers=1))

@@ -3,8 +3,9 @@
     records (ids without padding) ──PackedBatch.pack──> ids (T,), layout ──model──> hidden (T, D)
 
 The T tokens of a batch are real sequences, then filler: pad tokens in sequences of their own, which no real token can
-see and nothing counts. Encoder–decoder models read two such streams, with as many sequences each: sequence i of the
-decoder's belongs to sequence i of the encoder's. Knows nothing of tokenizers, data sets or objectives.
+see and nothing counts; then empty sequences, so that packs of one T have one or two shapes. Encoder–decoder models read
+two such streams, with as many sequences each: sequence i of the decoder's belongs to sequence i of the encoder's.
+Knows nothing of tokenizers, data sets or objectives.
 
 T tokens in a batch (U in the decoder's stream), B sequences, M target positions
 """
@@ -27,7 +28,7 @@ class PackedBatch:
     """One pack of T tokens.
 
     ids: (T,) int64 token ids, corrupted by the objective in training.
-    layout: where each sequence begins; the sequences from `num_sequences` on are filler.
+    layout: where each sequence begins; the sequences from `num_sequences` on are filler, the last ones empty.
     num_sequences, num_tokens: the real ones, without filler.
     records: (num_sequences,) int64, index of each sequence's record in its data set; for reports.
     target_positions, targets: (M,) int64, where the loss is taken and the true ids; -100 in `targets` fills up to M.
@@ -58,14 +59,15 @@ class PackedBatch:
         records: np.ndarray | None = None,
         decoder: tuple[np.ndarray, np.ndarray, int] | None = None,
     ) -> PackedBatch:
-        """Lay sequences end to end and fill up to `tokens`.
+        """Lay sequences end to end and fill up to `tokens`; last come empty sequences, so that few shapes occur.
 
         ids: (Σ lengths,) token ids, specials included; lengths: (B,) each ≤ max_length; Σ lengths ≤ tokens.
         decoder: (ids, lengths, tokens) of the second stream.
         """
         streams = [(ids, lengths, tokens)] + ([] if decoder is None else [decoder])
         fillers = [_filler(int(lengths.sum()), tokens, max_length) for _, lengths, tokens in streams]
-        most = max(map(len, fillers))
+        count = len(lengths)
+        most = -(-(count + max(map(len, fillers))) // _quantum(tokens)) * _quantum(tokens) - count
         packed, layouts = [], []
         for (ids, lengths, tokens), filler in zip(streams, fillers):
             whole = np.full(tokens, pad_id, dtype=np.int64)
@@ -88,6 +90,12 @@ class PackedBatch:
         """Page-locked copies of all tensors, so that `.to(device, non_blocking=True)` overlaps with compute."""
         return self._each(lambda x: x.pin_memory())
 
+    def tensors(self) -> list[Tensor]:
+        """All of them, the layouts' too, in a fixed order; what else there is stays on the host."""
+        found: list[Tensor] = []
+        self._each(lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
+        return found
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         """All tensors changed alike, those of the layouts too."""
 
@@ -95,6 +103,11 @@ class PackedBatch:
             return change(x) if isinstance(x, Tensor) else x.each(change) if isinstance(x, Layout) else x
 
         return replace(self, **{f.name: changed(getattr(self, f.name)) for f in fields(self)})
+
+
+def _quantum(tokens: int) -> int:
+    """The number of sequences in a pack, filler and empty ones too, is a multiple of it."""
+    return max(1, tokens // 256)
 
 
 def _filler(used: int, tokens: int, max_length: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Parallelism is applied to a model, never written into it; this is the only place that knows the order.
 
-    model on meta ── compile each unit ── FSDP2 each unit, then the rest ── memory ── numbers
+    model on meta ── compile each unit ──┬─ several ranks: FSDP2 each unit, then the rest ─┬─ memory ── numbers
+                                         └─ one rank: weights cast by `compute_in` ────────┘
 
 Compile comes before FSDP2, so that the hooks that gather weights stay outside of the compiled graphs.
 """
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tenso
 
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.collectives import world_size
-from moltron.parallel.precision import mixed_precision
+from moltron.parallel.precision import DTYPES, compute_in, mixed_precision
 
 
 def units(model: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
@@ -50,13 +51,13 @@ def parallelize(
     compile: bool,
     reshard_after_forward: bool = False,
 ) -> nn.Module:
-    """Make a model on the meta device ready for `device` and the current world; its memory is not filled yet.
-
-    One process in fp32 is left alone; all else goes through FSDP2, also on one GPU, for its precision policy.
-    """
+    """Make a model on the meta device ready for `device` and the current world; its memory is not filled yet."""
     if compile:
         compile_units(model, plan)
-    if world_size() > 1 or precision != "fp32":
+    methods = [name for name in plan.methods if hasattr(model, name)]
+    if world_size() == 1 and precision != "fp32":
+        compute_in(model, DTYPES[precision], units(model, plan), ("forward", *methods))
+    elif world_size() > 1:
         mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("dp_shard",))
         settings: dict[str, Any] = dict(
             mesh=mesh, mp_policy=mixed_precision(precision), reshard_after_forward=reshard_after_forward

@@ -1,11 +1,19 @@
 """Precision as a policy: fp32 master weights; what is gathered, computed and reduced is decided here.
 
+    several ranks    FSDP2 gathers weights in half precision (`mixed_precision`)
+    one rank         `compute_in`: the masters are cast when the model is called, and their gradients back
+
 Statistics, softmax and losses stay in fp32 in the models themselves; no autocast anywhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,3 +37,68 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
     if precision == "fp32":
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype, units: Iterable[nn.Module], methods: Iterable[str]) -> None:
+    """Let `model` on one device compute in `dtype`, whatever its parameters are kept in; gradients come in theirs.
+
+    While one of `methods` runs, every module finds copies of its weights in `dtype`, made in one kernel for each of
+    `units` and one for the rest. No hooks, no streams: unlike FSDP2's, such a step can become a CUDA graph.
+    """
+    owned: set[nn.Module] = set()
+    groups = []
+    for unit in (*units, model):
+        modules = [module for module in unit.modules() if module not in owned]
+        owned.update(modules)
+        groups.append([(m, name) for m in modules for name, p in m.named_parameters(recurse=False) if p.requires_grad])
+    frozen = [(m, name) for m in owned for name, p in m.named_parameters(recurse=False) if not p.requires_grad]
+    inside = False
+
+    def cast() -> list[tuple[nn.Module, str, nn.Parameter]]:
+        kept = [(m, name, m._parameters[name]) for group in (*groups, frozen) for m, name in group]
+        for group in groups:
+            halves = _Cast.apply(dtype, *(m._parameters[name] for m, name in group))
+            for (m, name), half in zip(group, halves, strict=True):  # type: ignore[arg-type]
+                m._parameters[name] = half
+        for m, name in frozen:
+            m._parameters[name] = m._parameters[name].to(dtype)  # type: ignore[union-attr,assignment]
+        return kept  # type: ignore[return-value]
+
+    def casting(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*args: Any, **settings: Any) -> Any:
+            nonlocal inside
+            if inside:  # one method calls another
+                return method(*args, **settings)
+            kept, inside = cast(), True
+            try:
+                return method(*args, **settings)
+            finally:
+                inside = False
+                for m, name, parameter in kept:
+                    m._parameters[name] = parameter
+
+        return call
+
+    for name in methods:
+        setattr(model, name, casting(getattr(model, name)))
+
+
+class _Cast(torch.autograd.Function):
+    """Copies of tensors in another dtype; gradients in the dtype of the tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [weight.dtype for weight in weights]
+        return _copies(weights, [dtype] * len(weights))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_copies(gradients, ctx.dtypes)
+
+
+def _copies(tensors: Iterable[Tensor], dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
+    tensors = list(tensors)
+    copies = [torch.empty_like(x, dtype=dtype) for x, dtype in zip(tensors, dtypes, strict=True)]
+    torch._foreach_copy_(copies, tensors)
+    return tuple(copies)

@@ -74,8 +74,8 @@ def train(config: TrainConfig) -> TrainResult:
         b = config.batch
         raise ValueError(
             f"out of memory on {torch.cuda.get_device_name(device)}: lower batch.tokens={b.tokens} and raise "
-            f"batch.packs={b.packs} in proportion (the step stays the same), or use more GPUs, or set "
-            f"parallel.reshard_after_forward=true ({str(error).splitlines()[0]})"
+            f"batch.packs={b.packs} in proportion (the step stays the same), or use more GPUs, there "
+            f"with parallel.reshard_after_forward=true ({str(error).splitlines()[0]})"
         ) from error
     finally:
         collectives.shutdown()
@@ -110,6 +110,7 @@ class Trainer:
             scaler=self.scaler,
             skip_nonfinite=config.train.nonfinite == "skip",
             sync_each=config.parallel.reshard_after_forward,
+            graphs=run.compiled and collectives.world_size() == 1,
         )
         tokens, limits = config.batch.streams(objective.streams), config.data.limits(objective.streams)
         plan = BatchPlan(

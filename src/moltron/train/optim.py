@@ -119,7 +119,11 @@ class Optimizer:
             optimizer.step()
         self.updates += 1
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, keep: bool = False) -> None:
+        """keep: gradients stay where they are, zeroed, for whoever writes there again (CUDA graphs)."""
+        if keep:
+            torch._foreach_zero_([p.grad for p in self.names if p.grad is not None])
+            return
         for parameter in self.names:
             parameter.grad = None
 

@@ -79,6 +79,7 @@ class Run:
     rate: schedule.Schedule
     manager: CheckpointManager
     meta: dict[str, Any] | None  # of the checkpoint that was restored
+    compiled: bool
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds, live: `model.<name>` and `optim.<kind>.<name>`."""
@@ -238,12 +239,13 @@ def build_run(config: TrainConfig, device: torch.device) -> Run:
     if config.train.compile and not can_compile:
         needs = "CUDA, train.precision=bf16 or fp16, and a model without relative biases"
         raise ConfigError([f"train.compile=true needs {needs}: leave it out"])
+    compiled = can_compile if config.train.compile is None else config.train.compile
     model = parallelize(
         build_model(family, architecture),
         spec.plan,
         device,
         precision=precision,
-        compile=can_compile if config.train.compile is None else config.train.compile,
+        compile=compiled,
         reshard_after_forward=config.parallel.reshard_after_forward,
     )
     sched = config.optim.schedule
@@ -263,6 +265,7 @@ def build_run(config: TrainConfig, device: torch.device) -> Run:
         rate=rate,
         manager=CheckpointManager(folder / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best),
         meta=None,
+        compiled=compiled,
     )
     run.meta = _fill(run, pretrained)
     if collectives.rank() == 0:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from moltron.models.batch import PackedBatch
 from moltron.parallel.apply import set_gradient_sync
 from moltron.parallel.collectives import all_reduce_sum, world_size
+from moltron.train.graph import GraphedBackward
 from moltron.train.optim import Optimizer
 
 # Of a step, over all ranks; tokens and padded are of the encoder, or of the one stream there is
@@ -130,15 +131,18 @@ class TrainStep:
         scaler: LossScaler | None,
         skip_nonfinite: bool,
         sync_each: bool,
+        graphs: bool = False,
     ):
         """scaler: fp16 only. skip_nonfinite: no update from a bad gradient, instead of stopping.
 
         sync_each: reduce gradients after each micro-batch, not once a step: slower, but only a shard is kept.
+        graphs: record packs as CUDA graphs; for one rank, and a model that reads nothing of a batch on the host.
         """
         self.model, self.loss, self.optimizer, self.device = model, loss, optimizer, device
         self.clip, self.scaler, self.skip_nonfinite, self.sync_each = clip, scaler, skip_nonfinite, sync_each
         self.waits = device.type != "cuda" or scaler is not None or skip_nonfinite  # a step is over when it returns
         self.event: Any = None
+        self.graphed = GraphedBackward(self._forward_backward, device) if graphs else None
 
     def __call__(self, step: int, batches: list[PackedBatch], targets: int, lr: float, stop: bool = False) -> Pending:
         """batches: this rank's packs. targets: how many this rank has. stop: this rank was asked to stop."""
@@ -155,7 +159,7 @@ class TrainStep:
             if self.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.optimizer.parameters, self.clip, norm)
             self.optimizer.step(lr)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(keep=self.graphed is not None)
         return self._pending(step, lr, torch.cat((totals, packs)), [b.records for b in batches], skipped)
 
     def _count(self, batches: list[PackedBatch], targets: int, stop: bool) -> Tensor:
@@ -173,8 +177,12 @@ class TrainStep:
 
     def _backward(self, batch: PackedBatch, scale: Tensor, last: bool) -> Tensor:
         """Gradients of one pack added up; returns its summed loss."""
+        if self.graphed is not None:
+            return self.graphed(batch, scale)
         set_gradient_sync(self.model, last or self.sync_each)
-        batch = batch.to(self.device, non_blocking=True)
+        return self._forward_backward(batch.to(self.device, non_blocking=True), scale)
+
+    def _forward_backward(self, batch: PackedBatch, scale: Tensor) -> Tensor:
         loss_sum, _ = self.loss(self.model(batch), batch)
         (loss_sum * scale).backward()
         return loss_sum.detach()

@@ -36,7 +36,7 @@ def test_blocks_compute_in_the_precision_with_exact_rotary_tables(one_process, n
     model.init_weights(0, assign_full)
     hidden, tables, weights = set(), set(), set()
 
-    def look(attention, inputs):  # inside of a block, after FSDP's own hooks
+    def look(attention, inputs):  # inside of a block
         x_TD, _, rotary = inputs
         hidden.add(x_TD.dtype)
         weights.add(attention.qkv.weight.dtype)
@@ -53,3 +53,21 @@ def test_blocks_compute_in_the_precision_with_exact_rotary_tables(one_process, n
     assert tables == ({torch.float32} if family == "esm2" else set())
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(g is not None and g.dtype == torch.float32 for g in gradients)
+
+
+def test_masters_are_back_after_every_call_and_gradients_add_up_in_fp32(one_process):
+    model = build_model("esm2", SIZES)
+    parallelize(model, get_spec("esm2").plan, one_process, precision="bf16", compile=False)
+    model.init_weights(0, assign_full)
+    masters = dict(model.named_parameters())
+    batch = PackedBatch.pack(np.array([0, 5, 6, 32, 2]), np.array([5]), tokens=8, pad_id=1, max_length=8)
+    batch.target_positions = torch.tensor([3])
+    gradients = []
+    for _ in range(3):
+        model(batch).logits.float().sum().backward()
+        gradients.append(model.embed.weight.grad.clone())
+    assert torch.equal(gradients[1], 2 * gradients[0]) and torch.equal(gradients[2], gradients[1] + gradients[0])
+    batch.target_positions = "broken"
+    with pytest.raises(TypeError):
+        model(batch)
+    assert all(p is masters[name] and p.dtype == torch.float32 for name, p in model.named_parameters())

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+import moltron
 from moltron.common.logging import Progress
 from moltron.common.manifest import staged_folder, write_json
 from moltron.config.schema import PrepareConfig
@@ -73,7 +73,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         rejected = spool.num_read - kept - unused
         manifest = {
             "format": FORMAT,
-            "moltron": version("moltron"),
+            "moltron": moltron.__version__,
             "kind": spool.kind,
             **({"tokenizer": TOKENIZER} if spool.kind == "molecule" else {}),
             "settings": asdict(config),
