@@ -2,18 +2,21 @@
 
 Sequences lie end to end on one token axis; `Layout` says where each begins. Nothing looks across a boundary, whatever
 the kernel: `attend_qkv` for encoders with rotary positions, `attend` for everything else (q and k of different
-streams, causal, with a bias by distance):
+streams, causal, with a bias by distance). Both take projections whole, as one matrix product wrote them, so that each
+has one gradient:
 
     CUDA, fp16/bf16    Triton kernels (triton_attention)
     everything else    SDPA, one call per run of neighbours of equal lengths (padding would change the last bits)
 
 Knows nothing of models or vocabularies.
 
-T tokens of the queries, S of the keys (packed), N heads, H head width, B sequences, Q and K tokens of one sequence
+T tokens of the queries, S of the keys (packed), N heads, H head width, B sequences, Q and K tokens of one sequence,
+P parts of a projection (q, k, v)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import groupby
 from typing import NamedTuple
@@ -28,9 +31,9 @@ from moltron.layers.positions import Rotary, apply_rotary
 # Every CUDA build of torch for Linux brings Triton, the others come without. Imported here rather than where it is
 # called, so that torch.compile finds the ops registered.
 if find_spec("triton") is None:
-    packed_attention = packed_attend = None
+    packed_attention = attend_projections = None
 else:
-    from moltron.layers.triton_attention import packed_attend, packed_attention
+    from moltron.layers.triton_attention import attend_projections, packed_attention
 
 
 class RelativeBias(NamedTuple):
@@ -61,9 +64,7 @@ def attend_qkv(qkv_TN3H: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
 
 
 def attend(
-    q_TNH: Tensor,
-    k_SNH: Tensor,
-    v_SNH: Tensor,
+    projections: Sequence[Tensor],
     q_layout: Layout,
     k_layout: Layout,
     *,
@@ -73,14 +74,18 @@ def attend(
 ) -> Tensor:
     """Softmax(scale · q kᵀ + bias) v, (T, N, H): sequence i of `q_layout` looks at sequence i of `k_layout`.
 
-    causal: token i sees keys 0 … i of its sequence. scale: None is 1 / √H. q, k and v may be strided views of
-    projections. A query without any key (an empty sequence of `k_layout`) gets zeros.
+    projections: (tokens, N, P, H) each, their parts in order q, k and v: [qkv_TN3H], or [q_TN1H, kv_SN2H].
+    causal: token i sees keys 0 … i of its sequence. scale: None is 1 / √H. A query without any key (an empty sequence
+    of `k_layout`) gets zeros.
     """
-    trained_bias = bias is not None and torch.is_grad_enabled() and (q_TNH.requires_grad or bias.table.requires_grad)
-    if packed_attend and _suits_kernels(q_TNH) and not trained_bias:  # its backward knows no bias
+    first = projections[0]
+    learns = any(x.requires_grad for x in projections) or (bias is not None and bias.table.requires_grad)
+    trained_bias = bias is not None and torch.is_grad_enabled() and learns
+    if attend_projections and _suits_kernels(first) and not trained_bias:  # its backward knows no bias
         table = None if bias is None else bias.table
-        number = q_TNH.shape[-1] ** -0.5 if scale is None else scale
-        return packed_attend(q_TNH, k_SNH, v_SNH, q_layout, k_layout, causal=causal, bias_table=table, scale=number)
+        number = first.shape[-1] ** -0.5 if scale is None else scale
+        return attend_projections(projections, q_layout, k_layout, causal=causal, bias_table=table, scale=number)
+    q_TNH, k_SNH, v_SNH = (part for projection in projections for part in projection.unbind(2))
     return _attend_by_lengths(q_TNH, k_SNH, v_SNH, q_layout, k_layout, causal, bias, scale)
 
 

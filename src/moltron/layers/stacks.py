@@ -117,10 +117,9 @@ class EncoderBlock(nn.Module):
     def attend_own(self, x_TD: Tensor, layout: Layout, bias: RelativeBias | None) -> Tensor:
         qkv_TN3H = self.attention.heads(self.attention_norm(x_TD))
         if self.causal or bias is not None or self.scale is not None:
-            q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
-            out_TNH = attend(q_TNH, k_TNH, v_TNH, layout, layout, causal=self.causal, bias=bias, scale=self.scale)
+            out_TNH = attend([qkv_TN3H], layout, layout, causal=self.causal, bias=bias, scale=self.scale)
         else:
-            out_TNH = attend_qkv(qkv_TN3H, layout, None)  # the gradient comes as one tensor, too
+            out_TNH = attend_qkv(qkv_TN3H, layout, None)
         return self.attention.out(out_TNH.flatten(1))
 
 
@@ -138,9 +137,9 @@ class DecoderBlock(EncoderBlock):
         self, x_TD: Tensor, layout: Layout, bias: RelativeBias | None, memory_SD: Tensor, memory_layout: Layout
     ) -> Tensor:
         x_TD = x_TD + self.attend_own(x_TD, layout, bias)
-        q_TNH = self.cross_attention.q_heads(self.cross_norm(x_TD))
-        k_SNH, v_SNH = self.cross_attention.kv_heads(memory_SD).unbind(2)
-        out_TNH = attend(q_TNH, k_SNH, v_SNH, layout, memory_layout, scale=self.scale)
+        q_TN1H = self.cross_attention.q_heads(self.cross_norm(x_TD))[:, :, None]
+        kv_SN2H = self.cross_attention.kv_heads(memory_SD)
+        out_TNH = attend([q_TN1H, kv_SN2H], layout, memory_layout, scale=self.scale)
         x_TD = x_TD + self.cross_attention.out(out_TNH.flatten(1))
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 

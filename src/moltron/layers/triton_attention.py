@@ -191,26 +191,6 @@ def packed_attention(qkv_TN3H: Tensor, tiles: Tensor, rotary: Rotary) -> Tensor:
     return torch.ops.moltron.packed_attention(projections, tiles, None, None, None, cos, sin, None, False, scale)[0]
 
 
-def packed_attend(
-    q_TNH: Tensor,
-    k_SNH: Tensor,
-    v_SNH: Tensor,
-    q_layout: Layout,
-    k_layout: Layout,
-    *,
-    causal: bool,
-    bias_table: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """Softmax(scale · q kᵀ + bias) v, sequence i of `q_layout` to sequence i of `k_layout`. Returns (T, N, H).
-
-    As `attend_projections`, with three gradients. Views are not copied: q, k, v may be parts of one projection, but
-    then autograd has to stack their gradients; `attend_projections` spares that.
-    """
-    parts = [x[:, :, None] for x in (q_TNH, k_SNH, v_SNH)]
-    return attend_projections(parts, q_layout, k_layout, causal=causal, bias_table=bias_table, scale=scale)
-
-
 def attend_projections(
     projections: Sequence[Tensor],
     q_layout: Layout,

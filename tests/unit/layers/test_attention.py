@@ -96,7 +96,7 @@ def test_attend_equals_softmax_in_values_and_gradients(kind):
     inputs = [x.requires_grad_() for x in (q, kv, table) if x is not None]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     out = attend(
-        q, *kv.unbind(2), layout_of(Q_LENGTHS), layout_of(k_lengths),
+        [q[:, :, None], kv], layout_of(Q_LENGTHS), layout_of(k_lengths),
         bias=None if table is None else RelativeBias(table), **options,
     )  # fmt: skip
     expected = written_out(
@@ -122,7 +122,7 @@ def test_attend_bit_equal_whatever_the_neighbours(kind):
     bias = None if reach is None else RelativeBias(torch.randn(4, 2 * reach + 1, generator=generator))
 
     def run(q, kv, lengths, k_lengths):
-        return attend(q[:, :, 0], *kv.unbind(2), layout_of(lengths), layout_of(k_lengths), bias=bias, **options)
+        return attend([q[:, :, :1], kv], layout_of(lengths), layout_of(k_lengths), bias=bias, **options)
 
     together = run(q, kv, lengths, k_lengths).split(lengths)
     for got, q1, kv1 in zip(together, q.split(lengths), kv.split(k_lengths), strict=True):
@@ -144,17 +144,17 @@ def test_attend_bit_equal_whatever_the_neighbours(kind):
 def test_attend_chooses_the_kernels_on_cuda(on_cuda, monkeypatch, options, chosen):
     calls = []
 
-    def packed_attend(q, k, v, q_layout, k_layout, *, causal, bias_table, scale):
+    def attend_projections(projections, q_layout, k_layout, *, causal, bias_table, scale):
         calls.append((causal, bias_table is not None, scale))
-        return torch.empty_like(q)
+        return torch.empty(12, 2, width, device="cuda", dtype=dtype)
 
-    monkeypatch.setattr(attention, "packed_attend", packed_attend)
+    monkeypatch.setattr(attention, "attend_projections", attend_projections)
     monkeypatch.setattr(attention, "_attend_by_lengths", lambda q, *_: torch.empty_like(q))
     width, dtype = options.get("width", 16), options.get("dtype", torch.bfloat16)
     leaf = dict(device="cuda", dtype=dtype, requires_grad=options.get("trained", False))
-    q, k, v = (torch.empty(12, 2, width, **leaf) for _ in range(3))
+    qkv = torch.empty(12, 2, 3, width, **leaf)
     bias = RelativeBias(torch.empty(2, 7, device="cuda")) if "bias" in options else None
-    out = attend(q, k, v, on_cuda, on_cuda, causal=True, bias=bias)
+    out = attend([qkv], on_cuda, on_cuda, causal=True, bias=bias)
     assert out.shape == (12, 2, width) and out.dtype == dtype
     assert calls == ([(True, bias is not None, width**-0.5)] if chosen else [])
 
@@ -200,7 +200,7 @@ def test_kernel_chosen_on_cuda(on_cuda, dtype, width, chosen):
 
 def test_without_triton_sdpa(on_cuda, monkeypatch):
     monkeypatch.setattr(attention, "packed_attention", None)
-    monkeypatch.setattr(attention, "packed_attend", None)
+    monkeypatch.setattr(attention, "attend_projections", None)
     with Calls() as calls:
         out = attend_qkv(torch.empty(12, 2, 3, 16, device="cuda", dtype=torch.bfloat16), on_cuda, None)
     assert TRITON not in calls.names and out.shape == (12, 2, 16)

@@ -4,7 +4,7 @@ The interpreter must be chosen before Triton is first imported, so those cases r
 file is too: `TRITON_INTERPRET=1 python test_triton_attention.py` prints what it found as JSON.
 
 Kinds of attention: bidirectional with rotation from one projection (`packed_attention`); causal, cross and biased
-(`attend_projections`, `packed_attend`), all against float64.
+(`attend_projections`), all against float64.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytest.importorskip("triton", reason="triton is not installed: CUDA builds of to
 
 from moltron.layers.layout import Layout
 from moltron.layers.positions import apply_rotary, rotary_table
-from moltron.layers.triton_attention import attend_projections, packed_attend, packed_attention
+from moltron.layers.triton_attention import attend_projections, packed_attention
 
 INTERPRETED = {  # head width, lengths, rotary
     "lengths around the tile's": (16, [1, 17, 64, 70, 130], True),
@@ -39,7 +39,7 @@ INTERPRETED = {  # head width, lengths, rotary
 
 @dataclass(frozen=True)
 class Kind:
-    """One case of `attend_projections`. parts: those of each projection; None: three views of one, `packed_attend`."""
+    """One case of `attend_projections`. parts: those of each projection; None: three views of one."""
 
     head_dim: int
     q_lengths: list[int]
@@ -154,7 +154,7 @@ def attended(kind: Kind, inputs: Inputs) -> list[Tensor]:
     settings: dict[str, Any] = dict(causal=kind.causal, bias_table=inputs.table, scale=kind.scale)
     if kind.parts is None:
         q, k, v = parts_of(kind, projections)
-        out = packed_attend(q, k, v, *layouts, **settings)
+        out = attend_projections([x[:, :, None] for x in (q, k, v)], *layouts, **settings)
     else:
         out = attend_projections(projections, *layouts, **settings)
     return [out.detach(), *(torch.autograd.grad(out, projections, inputs.dout) if kind.radius is None else ())]
@@ -375,6 +375,7 @@ def test_compiled_whole_and_replayed_as_a_graph():
     assert torch.equal(out, expected[0]) and torch.equal(torch.autograd.grad(out, x, dout)[0], expected[1])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        x = qkv.detach().requires_grad_()  # a leaf of this stream: autograd may not wait for another one
         again = packed_attention(x, tiles, rotary)
         (grad,) = torch.autograd.grad(again, x, dout)
     again.detach().zero_()
@@ -444,7 +445,7 @@ def test_kinds_compiled_whole(name):
         projections = [x + 0 for x in given]
         if kind.parts is None:
             q, k, v = parts_of(kind, projections)
-            return packed_attend(q, k, v, *layouts, **settings)
+            return attend_projections([x[:, :, None] for x in (q, k, v)], *layouts, **settings)
         return attend_projections(projections, *layouts, **settings)
 
     out = torch.compile(attend, fullgraph=True)(*projections)

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed: CUDA builds of torch and the extra dev bring it")
 
 from moltron.layers.layout import Layout
-from moltron.layers.triton_attention import attend_projections, packed_attend, packed_attention
+from moltron.layers.triton_attention import attend_projections, packed_attention
 
 
 def layout_of(lengths: list[int], device: str = "cpu") -> Layout:
@@ -85,7 +85,8 @@ def test_compiled_into_one_graph_that_knows_the_streams():
         return graph
 
     def attend(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout) -> Tensor:
-        return packed_attend(q + 1, k, v, q_layout, k_layout, causal=False, bias_table=None, scale=0.25)
+        parts = [x[:, :, None] for x in (q + 1, k, v)]
+        return attend_projections(parts, q_layout, k_layout, causal=False, bias_table=None, scale=0.25)
 
     compiled = torch.compile(attend, fullgraph=True, backend=backend)
     q, k, v = (torch.empty(6, 2, 16, device="meta", dtype=torch.bfloat16) for _ in range(3))
