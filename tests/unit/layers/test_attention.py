@@ -151,9 +151,10 @@ def test_attend_chooses_the_kernels_on_cuda(on_cuda, monkeypatch, options, chose
     monkeypatch.setattr(attention, "attend_projections", attend_projections)
     monkeypatch.setattr(attention, "_attend_by_lengths", lambda q, *_: torch.empty_like(q))
     width, dtype = options.get("width", 16), options.get("dtype", torch.bfloat16)
-    leaf = dict(device="cuda", dtype=dtype, requires_grad=options.get("trained", False))
+    trained = options.get("trained", False)
+    leaf = dict(device="cuda", dtype=dtype, requires_grad=trained and "bias" not in options)
     qkv = torch.empty(12, 2, 3, width, **leaf)
-    bias = RelativeBias(torch.empty(2, 7, device="cuda")) if "bias" in options else None
+    bias = RelativeBias(torch.empty(2, 7, device="cuda", requires_grad=trained)) if "bias" in options else None
     out = attend([qkv], on_cuda, on_cuda, causal=True, bias=bias)
     assert out.shape == (12, 2, width) and out.dtype == dtype
     assert calls == ([(True, bias is not None, width**-0.5)] if chosen else [])
