@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
+import shlex
 import shutil
 import signal
 import statistics
@@ -38,6 +38,7 @@ class Result:
     keys: list[str]
     lines: list[dict[str, Any]]
     wall: float  # of the whole process
+    device: str
 
     @property
     def compile_seconds(self) -> float:
@@ -83,17 +84,16 @@ def run(store: Path, out: Path, entry: str, target: float, limit: float) -> Resu
             raise SystemExit(f"{entry}: exit code {process.returncode}, see {out / folder.name}.log")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         done.write_text(json.dumps(time.monotonic() - begin))
-    return Result(name.strip(), keys.split(), read_lines(folder / "metrics.jsonl"), json.loads(done.read_text()))
+    life = json.loads((folder / "manifest.json").read_text())["lives"][0]
+    lines, wall = read_lines(folder / "metrics.jsonl"), json.loads(done.read_text())
+    return Result(name.strip(), keys.split(), lines, wall, f"{life['device']}, torch {life['versions']['torch']}")
 
 
-def report(results: list[Result], target: float, device: str) -> str:
-    import torch
-
+def report(results: list[Result], target: float) -> str:
     lines = [
-        f"# The race to a perplexity of {target}: {device}, {time.strftime('%Y-%m-%d')}",
+        f"# The race to a perplexity of {target}: {results[0].device}, {time.strftime('%Y-%m-%d')}",
         "",
-        f"`python benchmarks/race.py {' '.join(sys.argv[1:])}`; torch {torch.__version__}, "
-        f"Python {platform.python_version()}.",
+        f"`python benchmarks/race.py {' '.join(map(shlex.quote, sys.argv[1:]))}`",
         "",
         "| run | keys | s to target | M tokens to target | best perplexity (at s) | tok/s | compile s | process s |",
         "|---|---|---|---|---|---|---|---|",
@@ -151,10 +151,7 @@ def main() -> None:
     results = []
     for entry in arguments.entries or ["prototype:"]:
         results.append(run(arguments.store, arguments.out, entry, arguments.target, arguments.limit))
-        import torch
-
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-        page = report(results, arguments.target, device)  # after each run: a call that is cut off keeps what it has
+        page = report(results, arguments.target)  # after each run: a call that is cut off keeps what it has
         (arguments.out / "race.md").write_text(page)
         draw(results, arguments.target, arguments.out / "race.png")
     print(page)
