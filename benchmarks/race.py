@@ -115,7 +115,7 @@ def draw(results: list[Result], target: float, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="seconds of training", ylabel="validation perplexity", yscale="log")
+    axes = figure.add_subplot(xlabel="seconds of training", ylabel="validation perplexity")
     for r in results:
         points = [(seconds, value) for seconds, value, _ in r.curve() if value < 17]
         axes.plot(*zip(*points), label=r.name, linewidth=1.2) if points else None
