@@ -92,6 +92,7 @@ class LoopConfig:
     log_every: int = 10
     eval_every: int = 500
     eval_packs: int | None = None  # packs of validation data; None: all
+    eval_molecules: int = 512  # molecules decoded at an evaluation, where a model reconstructs them; 0: none
     nonfinite: str = "stop"  # a loss or gradient that is not finite: stop | skip the step
     early_stop: int | None = None  # stop after so many evaluations without a better val_loss
 
@@ -195,6 +196,7 @@ class EvaluateConfig:
     model: str = literal()
     input: str = literal()  # FASTA, CSV, .smi, or one split of a prepared folder: DIR/val.arrow
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(name="auto"))  # auto: the family's
+    molecules: int = 1000  # that are decoded and compared, of those in the file; 0: none
     tokens: int | None = None
     max_length: int | None = None
     id_column: str | None = None

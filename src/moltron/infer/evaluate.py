@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from moltron.data.plan import EVALUATION_SEED, BatchPlan
 from moltron.data.readers import Record, Reject, read_records
 from moltron.data.store import Store, StoreWriter
 from moltron.infer.api import Model
+from moltron.infer.reconstruct import Reconstruction
 from moltron.objectives import Limits, get_objective
 from moltron.parallel.collectives import all_reduce_sum, init, rank, world_size
 from moltron.tokenizers import Tokenizer
@@ -49,13 +51,22 @@ class Evaluator:
         tokens: tuple[int, ...],
         limits: Limits,
         packs: int | None = None,
+        molecules: int = 0,
+        precision: str = "auto",
     ):
-        """tokens: T, or (T, U), of a pack. packs: only so many, from the beginning of the split; None: all."""
+        """tokens: T, or (T, U), of a pack. packs: only so many, from the beginning of the split; None: all.
+
+        molecules: how many are also decoded, where the objective reconstructs what it reads. precision: the model's.
+        """
         self.device, self.packs = device, sys.maxsize if packs is None else packs
         self.objective = get_objective(objective, tokenizer, EVALUATION_SEED)
         plan = BatchPlan.evaluation(store, self.objective, tokens, limits)
         world, pin = world_size(), device.type == "cuda"
         self.loader = BatchLoader(plan, store, tokenizer, packs=world, rank=rank(), world=world, epochs=1, pin=pin)
+        self.reconstruction = None
+        if molecules and self.objective.reconstructs:
+            settings: Any = dict(tokens=tokens[0], limits=limits, molecules=molecules, precision=precision)
+            self.reconstruction = Reconstruction(store, tokenizer, objective, device, **settings)
 
     @torch.no_grad()
     def sums(self, model: nn.Module) -> tuple[float, int]:
@@ -78,9 +89,14 @@ class Evaluator:
         loss_sum, targets = self.sums(model)
         return loss_sum / targets if targets else math.nan
 
+    def generated(self, model: nn.Module) -> dict[str, float]:
+        """What `Reconstruction.shares` says; nothing where nothing is decoded."""
+        return {} if self.reconstruction is None else self.reconstruction.shares(model)
+
 
 def evaluate_file(config: EvaluateConfig) -> dict[str, float | int]:
-    """{"loss": nats a target, "perplexity", "targets", "sequences"} of a file. Under torchrun the ranks share the work.
+    """{"loss": nats a target, "perplexity", "targets", "sequences"} of a file, and of molecules what `Reconstruction`
+    says of the first `config.molecules`. Under torchrun the ranks share the work.
 
     Records longer than `max_length` are cropped as in training (molecules are an error). Raises ValueError where a
     record is broken.
@@ -98,13 +114,16 @@ def evaluate_file(config: EvaluateConfig) -> dict[str, float | int]:
         store = Store.open(path)
         if store.alphabet != model.tokenizer.alphabet:
             raise ValueError(f"{path} holds {store.alphabet}s, the model reads {model.tokenizer.alphabet}s")
-        evaluator = Evaluator(store, model.tokenizer, objective, device, tokens=(tokens, tokens), limits=limits)
+        sizes: Any = dict(tokens=(tokens, tokens), limits=limits)
+        generated: Any = dict(molecules=config.molecules, precision=model.encoder.precision)
+        evaluator = Evaluator(store, model.tokenizer, objective, device, **sizes, **generated)
         loss_sum, targets = evaluator.sums(model.module)
+        shares = evaluator.generated(model.module) if targets else {}
         count = evaluator.loader.plan.num_items
     if not targets:
         raise ValueError(f"input={config.input} has no residues to predict")
     loss = loss_sum / targets
-    return {"loss": loss, "perplexity": math.exp(loss), "targets": targets, "sequences": count}
+    return {"loss": loss, "perplexity": math.exp(loss), "targets": targets, "sequences": count} | shares
 
 
 def _write_store(config: EvaluateConfig, tokenizer: Tokenizer, path: Path) -> Path:

@@ -12,9 +12,9 @@ R rows, B rows in a batch, K beams, L tokens of one record, S the longest L, D w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -74,10 +74,12 @@ class Hypothesis:
 
 
 class Generator:
-    """Runs a decoder. model: an encoder–decoder with `start(memory, layout, capacity)` and `step(ids, cache)`.
+    """Runs a decoder. model: an encoder–decoder with `start(memory, layout, capacity)` and `step(ids, cache)`, on
+    `device`, computing in `precision`.
 
     capacity: tokens a decoder has positions for, its first one included. tokens: how many a batch may keep in its
-    caches, all rows together; None: by device.
+    caches, all rows together; None: by device. still: told whether rows of this process run on; where it says yes, the
+    batch goes on, for the sake of other ranks.
     """
 
     def __init__(
@@ -90,10 +92,10 @@ class Generator:
         device: torch.device | str = "cpu",
         precision: str = "auto",
         tokens: int | None = None,
+        still: Callable[[bool], bool] = bool,
     ):
-        self.device = torch.device(device)
+        self.device, self.model, self.still = torch.device(device), cast(Any, model), still
         self.dtype = DTYPES[resolve_precision(precision, self.device)]
-        self.model: Any = model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
         self.bos_id, self.eos_id, self.capacity = bos_id, eos_id, capacity
         self.tokens = tokens or (2**17 if self.device.type == "cpu" else 2**20)
 
@@ -125,6 +127,13 @@ class Generator:
                 results[row] = found
         return results
 
+    def decode_packed(
+        self, memory_TD: Tensor, layout: Layout, num_rows: int, settings: Decoding
+    ) -> list[list[Hypothesis]]:
+        """As `decode`, of the first sequences of a pack as `encode` left them, all in one batch."""
+        decode = self._beams if settings.beams > 1 else self._single
+        return decode(memory_TD, layout, np.arange(num_rows), settings)
+
     def limit(self, settings: Decoding) -> int:
         """C, tokens generated at most, the end included."""
         return min(settings.max_tokens or self.capacity, self.capacity)
@@ -139,7 +148,7 @@ class Generator:
             yield order[begin:end]
             begin = end
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _memory(
         self, hiddens: Sequence[np.ndarray], lengths: np.ndarray, rows: np.ndarray, keys: np.ndarray, settings: Decoding
     ) -> tuple[Tensor, Layout]:
@@ -160,12 +169,12 @@ class Generator:
 
     # ------------------------------------------------------------------------------------------ greedy and sampled
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _single(
         self, memory_TD: Tensor, layout: Layout, keys: np.ndarray, settings: Decoding
     ) -> list[list[Hypothesis]]:
         size, limit = len(keys), self.limit(settings)
-        cache = self.model.start(memory_TD, layout, limit)
+        cache = self.model.start(memory_TD, layout, limit, size)
         draws_BC = None
         if settings.sample:
             states = rng.hash_u64(settings.seed, rng.SAMPLE, keys)
@@ -188,9 +197,9 @@ class Generator:
             ended = ended | (ids == self.eos_id)
             if (step + 1) % CHECK_EVERY == 0:
                 running = (~ended).nonzero()[:, 0]
-                if not len(running):
+                if not self.still(len(running) > 0):
                     break
-                if len(running) <= len(rows) // 2:
+                if 0 < len(running) <= len(rows) // 2:
                     cache = cache.select(running)
                     rows, ids, ended = rows[running], ids[running], ended[running]
         results = []
@@ -203,11 +212,11 @@ class Generator:
 
     # --------------------------------------------------------------------------------------------------- beam search
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _beams(self, memory_TD: Tensor, layout: Layout, keys: np.ndarray, settings: Decoding) -> list[list[Hypothesis]]:
         """K live beams a row and its K best finished ones; a row ends when no live beam can still enter those."""
         size, width, limit = len(keys), settings.beams, self.limit(settings)
-        cache = self.model.start(memory_TD, layout, limit)
+        cache = self.model.start(memory_TD, layout, limit, size)
         cache = cache.select(torch.arange(size, device=self.device).repeat_interleave(width))
         live = torch.full((size, width), -math.inf, dtype=torch.float64, device=self.device)
         live[:, 0] = 0.0  # all beams are the same at first: one counts

@@ -38,6 +38,7 @@ class _Masks(NamedTuple):
 class Denoising(Objective):
     streams = 2
     crops = False  # half a molecule is none
+    reconstructs = True
 
     def __init__(self, config: ObjectiveConfig, tokenizer: Any, seed: int):
         super().__init__(config, tokenizer, seed)

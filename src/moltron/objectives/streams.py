@@ -32,13 +32,15 @@ class Limits(NamedTuple):
 
 
 class Objective:
-    """streams: 1, or 2 with a decoder's. crops: whether a part of a record is as good as the whole.
+    """streams: 1, or 2 with a decoder's. crops: whether a part of a record is as good as the whole. reconstructs:
+    whether a decoder writes whole molecules, as the encoder read them.
 
     encoder_rows, decoder_rows: which of a molecule's SMILES each stream reads: "random", "canonical", "same".
     """
 
     streams = 1
     crops = True
+    reconstructs = False
     encoder_rows, decoder_rows = "random", "same"
 
     def __init__(self, config: ObjectiveConfig, tokenizer: Any, seed: int):

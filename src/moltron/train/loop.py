@@ -143,6 +143,8 @@ class Trainer:
                 tokens=tokens,
                 limits=Limits(*limits),
                 packs=config.train.eval_packs,
+                molecules=config.train.eval_molecules,
+                precision=run.precision,
             )
         self.sinks = None
         if collectives.rank() == 0:
@@ -228,13 +230,14 @@ class Trainer:
         """
         config, reading = self.config, self.reading
         assert reading is not None
-        val_loss, is_kept, reason = None, False, "finished"
+        val_loss, is_kept, reason, generated = None, False, "finished", {}
         is_eval = self.evaluator is not None and (step == last or step % config.train.eval_every == 0)
         is_logged = is_eval or step % config.train.log_every == 0 or step == last
         line = self._line(reading) if is_logged else None  # its window ends here, before the evaluation
         if self.evaluator is not None and is_eval:
             with self.meter.part("eval"):
                 val_loss = self.val_loss = self.evaluator.loss(self.run_.model)
+                generated = self.evaluator.generated(self.run_.model)
             if not math.isfinite(val_loss):
                 raise NonFiniteError(f"step {step}: the validation loss is {val_loss}: {self._advice()}")
             self.evals_since_best = 0 if val_loss < min(self.best, default=math.inf) else self.evals_since_best + 1
@@ -243,7 +246,7 @@ class Trainer:
             if config.train.early_stop is not None and self.evals_since_best >= config.train.early_stop:
                 reason = "early_stop"
         if line is not None:
-            self._write(line, val_loss)
+            self._write(line | {f"val_{name}": share for name, share in generated.items()}, val_loss)
         if step == last or step % config.checkpoint.every == 0 or is_kept or reason != "finished":
             self._save(val_loss)
         if val_loss is not None and self.sinks is not None:

@@ -53,6 +53,7 @@ FREE = (
     "train.log_every",
     "train.eval_every",
     "train.eval_packs",
+    "train.eval_molecules",
     "train.early_stop",
     "train.nonfinite",
     "checkpoint.",
@@ -117,6 +118,7 @@ def validate(config: TrainConfig, world: int) -> list[str]:
         if value is not None and not value > 0
     ]
     at_least_0 = {
+        "train.eval_molecules": t.eval_molecules,
         "optim.weight_decay": o.weight_decay,
         "optim.schedule.warmup_steps": s.warmup_steps,
         "optim.schedule.constant_steps": s.constant_steps,

@@ -42,7 +42,7 @@ def tiny_store(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")  # before the runs that tests share
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)

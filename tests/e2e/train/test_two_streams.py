@@ -31,6 +31,7 @@ FAMILIES = {
         *("batch.tokens=128", "batch.decoder_tokens=160"),
     ),
 }
+SHARES = ("val_token_accuracy", "val_exact_accuracy", "val_invalid")
 TRAIN = """
 import json, sys
 from moltron.config.compose import load_config
@@ -86,6 +87,9 @@ def test_it_learns_and_counts_both_streams(runs, read_lines, read_state, family)
         budget = 4 * int(next(k for k in FAMILIES[family] if k.startswith(f"batch.{key}=")).split("=")[1])
         assert (counts > 0).all() and (counts <= budget).all()
     assert read_state(runs / family)[1]["decoder_tokens"] == lines[-1]["decoder_tokens"]
+    shares = [[line[key] for key in SHARES if key in line] for line in lines]
+    counts = [3 if family == "megamolbart" and step % 4 == 0 else 0 for step in range(1, 13)]
+    assert list(map(len, shares)) == counts and all(0 <= share <= 1 for found in shares for share in found)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -108,6 +112,9 @@ def test_evaluate_agrees_with_the_run(runs, read_lines, tiny_store, molecules, f
     result = evaluate_file(load_config(EvaluateConfig, keys))
     assert result["loss"] == pytest.approx(read_lines(runs / family)[-1]["val_loss"], rel=1e-5)
     assert result["sequences"] == {"prott5": 12, "megamolbart": 9}[family], "each molecule once"
+    assert [result.get(key.removeprefix("val_")) for key in SHARES] == [
+        read_lines(runs / family)[-1].get(key) for key in SHARES
+    ]
 
 
 def test_two_ranks_are_one_process(runs, command, read_lines, read_state, tmp_path):
@@ -145,6 +152,7 @@ def test_two_ranks_are_one_process(runs, command, read_lines, read_state, tmp_pa
         for a, b in zip(one, two, strict=True):
             assert (a["tokens"], a["decoder_tokens"]) == (b["tokens"], b["decoder_tokens"])
             assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+            assert [a.get(key) for key in SHARES] == pytest.approx([b.get(key) for key in SHARES], abs=0.02)
         (_, meta, expected), (_, meta_two, state) = (read_state(home / family) for home in (runs, tmp_path))
         assert meta["position"] == meta_two["position"] and state.keys() == expected.keys()
         for name in expected:
