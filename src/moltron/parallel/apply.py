@@ -1,9 +1,10 @@
 """Parallelism is applied to a model, never written into it; this is the only place that knows the order.
 
-    model on meta ── compile each unit ──┬─ several ranks: FSDP2 each unit, then the rest ─┬─ memory ── numbers
-                                         └─ one rank: weights cast by `compute_in` ────────┘
+    model on meta ── recompute ── compile units ─┬─ several ranks: FSDP2 each unit, then the rest ─┬─ memory, numbers
+                                                 └─ one rank: weights cast by `compute_in` ────────┘
 
-Compile comes before FSDP2, so that the hooks that gather weights stay outside of the compiled graphs.
+Compile comes after recompute, so that it sees what is computed twice, and before FSDP2, so that the hooks that gather
+weights stay outside of the compiled graphs.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
+from moltron.config.schema import ParallelConfig
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.collectives import world_size
+from moltron.parallel.mesh import build_mesh
 from moltron.parallel.precision import DTYPES, compute_in, mixed_precision
+from moltron.parallel.recompute import recompute_units
 
 
 def units(model: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
@@ -49,18 +52,21 @@ def parallelize(
     *,
     precision: str,
     compile: bool,
-    reshard_after_forward: bool = False,
+    config: ParallelConfig | None = None,
 ) -> nn.Module:
     """Make a model on the meta device ready for `device` and the current world; its memory is not filled yet."""
+    config = config or ParallelConfig()
+    recompute_units(units(model, plan), config.recompute, config.recompute_every)
     if compile:
         compile_units(model, plan)
     methods = [name for name in plan.methods if hasattr(model, name)]
     if world_size() == 1 and precision != "fp32":
         compute_in(model, DTYPES[precision], units(model, plan), ("forward", *methods))
     elif world_size() > 1:
-        mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("dp_shard",))
         settings: dict[str, Any] = dict(
-            mesh=mesh, mp_policy=mixed_precision(precision), reshard_after_forward=reshard_after_forward
+            mesh=build_mesh(config, world_size(), device.type),
+            mp_policy=mixed_precision(precision),
+            reshard_after_forward=config.reshard_after_forward,
         )
         for module in (*units(model, plan), model):
             fully_shard(module, **settings)

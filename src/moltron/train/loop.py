@@ -74,8 +74,8 @@ def train(config: TrainConfig) -> TrainResult:
         b = config.batch
         raise ValueError(
             f"out of memory on {torch.cuda.get_device_name(device)}: lower batch.tokens={b.tokens} and raise "
-            f"batch.packs={b.packs} in proportion (the step stays the same), or use more GPUs, there "
-            f"with parallel.reshard_after_forward=true ({str(error).splitlines()[0]})"
+            f"batch.packs={b.packs} in proportion (the step stays the same), or set parallel.recompute=full, "
+            f"or use more GPUs, there with parallel.reshard_after_forward=true ({str(error).splitlines()[0]})"
         ) from error
     finally:
         collectives.shutdown()

@@ -35,7 +35,9 @@ from moltron.models.spec import ModelSpec, num_parameters
 from moltron.objectives import OBJECTIVES
 from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, load_full_state, parallelize
+from moltron.parallel.mesh import mesh_shape
 from moltron.parallel.precision import DTYPES, resolve_precision
+from moltron.parallel.recompute import MODES as RECOMPUTE
 from moltron.tokenizers import Tokenizer, get_tokenizer
 from moltron.train import optim, schedule
 
@@ -106,6 +108,7 @@ def validate(config: TrainConfig, world: int) -> list[str]:
         "train.early_stop": t.early_stop,
         "checkpoint.every": c.every,
         "checkpoint.keep_last": c.keep_last,
+        "parallel.recompute_every": config.parallel.recompute_every,
         "optim.lr": o.lr,
         "optim.muon_lr": o.muon_lr,
         "optim.eps": o.eps,
@@ -134,6 +137,7 @@ def validate(config: TrainConfig, world: int) -> list[str]:
         "train.precision": (t.precision, ("auto", *DTYPES)),
         "train.device": (t.device, ("auto", "cpu", "cuda")),
         "train.nonfinite": (t.nonfinite, ("stop", "skip")),
+        "parallel.recompute": (config.parallel.recompute, RECOMPUTE),
         "logging.wandb": (config.logging.wandb, ("disabled", "offline", "online")),
     }
     problems += [
@@ -141,6 +145,10 @@ def validate(config: TrainConfig, world: int) -> list[str]:
         for key, (value, known) in choices.items()
         if value not in known
     ]
+    try:
+        mesh_shape(config.parallel, world)
+    except ValueError as error:
+        problems.append(str(error))
     if b.packs > 0 and b.packs % world:
         near = max(world, round(b.packs / world) * world)
         problems.append(f"batch.packs={b.packs} cannot be shared equally by {world} processes: set batch.packs={near}")
@@ -248,7 +256,7 @@ def build_run(config: TrainConfig, device: torch.device) -> Run:
         device,
         precision=precision,
         compile=compiled,
-        reshard_after_forward=config.parallel.reshard_after_forward,
+        config=config.parallel,
     )
     sched = config.optim.schedule
     rate = schedule.build_schedule(sched, config.optim.lr, config.train.max_steps, model_config.hidden_size)
