@@ -107,7 +107,8 @@ class CheckpointConfig:
 @dataclass
 class ParallelConfig:
     dp_replicate: int = 1  # copies of the weights; each is sharded over dp_shard ranks
-    dp_shard: int | None = None  # None: all ranks that dp_replicate leaves
+    dp_shard: int | None = None  # None: all ranks that the others leave
+    tp: int = 1  # tensor parallel: ranks that share each block's heads and feed-forward, and one pack
     reshard_after_forward: bool = False  # frees the gathered weights between forward and backward: memory for speed
     recompute: str = "none"  # blocks' activations in the backward: none | selective (not matrix products) | full
     recompute_every: int = 1  # of so many blocks in a row, one is recomputed

@@ -32,7 +32,7 @@ from moltron.data.store import Store, StoreWriter
 from moltron.infer.api import Model
 from moltron.infer.reconstruct import Reconstruction
 from moltron.objectives import Limits, get_objective
-from moltron.parallel.collectives import all_reduce_sum, init, rank, world_size
+from moltron.parallel.collectives import all_reduce_sum, data_rank, data_world_size, init
 from moltron.tokenizers import Tokenizer
 
 log = get_logger(__name__)
@@ -61,8 +61,8 @@ class Evaluator:
         self.device, self.packs = device, sys.maxsize if packs is None else packs
         self.objective = get_objective(objective, tokenizer, EVALUATION_SEED)
         plan = BatchPlan.evaluation(store, self.objective, tokens, limits)
-        world, pin = world_size(), device.type == "cuda"
-        self.loader = BatchLoader(plan, store, tokenizer, packs=world, rank=rank(), world=world, epochs=1, pin=pin)
+        world, pin = data_world_size(), device.type == "cuda"
+        self.loader = BatchLoader(plan, store, tokenizer, packs=world, rank=data_rank(), world=world, epochs=1, pin=pin)
         self.reconstruction = None
         if molecules and self.objective.reconstructs:
             settings: Any = dict(tokens=tokens[0], limits=limits, molecules=molecules, precision=precision)
@@ -74,11 +74,11 @@ class Evaluator:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         was_training = model.training
         model.eval()
-        steps = -(-self.packs // world_size())
+        steps = -(-self.packs // data_world_size())
         for index, step in enumerate(islice(self.loader, steps)):
             batch = step.batches[0].to(self.device, non_blocking=True)
             loss, count = self.objective.loss(model(batch), batch)
-            if index * world_size() + rank() < self.packs:
+            if index * data_world_size() + data_rank() < self.packs:
                 totals += torch.stack((loss.double(), count.double()))
         model.train(was_training)
         loss_sum, targets = all_reduce_sum(totals).tolist()

@@ -24,7 +24,7 @@ from moltron.infer.chemistry import molecule, rdkit
 from moltron.infer.generate import Decoding, Generator, Hypothesis
 from moltron.models.batch import PackedBatch
 from moltron.objectives import Limits, get_objective
-from moltron.parallel.collectives import all_reduce_max, all_reduce_sum, rank, world_size
+from moltron.parallel.collectives import all_reduce_max, all_reduce_sum, data_rank, data_world_size
 from moltron.tokenizers import Tokenizer
 
 
@@ -50,7 +50,8 @@ class Reconstruction:
         whole_objective = get_objective(whole, tokenizer, EVALUATION_SEED)
         plan = BatchPlan.evaluation(store, whole_objective, (tokens, 2 * tokens), limits)
         self.decoding = Decoding(max_tokens=limits.decoder)
-        self.loader = BatchLoader(plan, store, tokenizer, world_size(), rank(), world_size(), epochs=1)
+        world = data_world_size()
+        self.loader = BatchLoader(plan, store, tokenizer, world, data_rank(), world, epochs=1)
 
     @torch.no_grad()
     def shares(self, model: nn.Module) -> dict[str, float]:

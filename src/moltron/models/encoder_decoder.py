@@ -21,6 +21,19 @@ from moltron.layers.layout import Layout
 from moltron.layers.stacks import Cache, DecoderBlock, EncoderBlock, Stack, Style
 from moltron.models.batch import Output, PackedBatch
 from moltron.models.encoder import MissingHead, copy_value, pad_to
+from moltron.models.spec import block_plan
+
+TENSOR = {  # of a ParallelPlan, for both families
+    "embed": "replicate",
+    "embed_positions": "replicate",
+    "encoder.layers.0": "scatter tokens",
+    "decoder.layers.0": "scatter tokens",
+    **block_plan("encoder.layers.*"),
+    **block_plan("decoder.layers.*", crosses=True),
+    "encoder.norm": "norm, gather tokens",
+    "decoder.norm": "norm, gather tokens",
+    "head": "replicate",
+}
 
 
 class Head(nn.Module):

@@ -5,8 +5,8 @@ Names of tokenizers and objectives are strings, plans are tables of strings: thi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -19,10 +19,21 @@ class ParallelPlan:
     """How a model is cut, in globs over module names. Each match of `units` is one FSDP unit and compiled.
 
     methods: what else than forward is called on the model and on its units, and so has to gather weights first.
+    tensor: how tensor parallelism cuts a module (`parallel.tensor.STYLES`); what a model does not have is passed over.
     """
 
     units: tuple[str, ...]
     methods: tuple[str, ...] = ()
+    tensor: Mapping[str, str] = field(default_factory=dict)
+
+
+def block_plan(blocks: str, crosses: bool = False) -> dict[str, str]:
+    """`ParallelPlan.tensor` of pre-norm blocks: heads and feed-forward are cut, tokens between them. blocks: a glob."""
+    cross = {"cross_norm": "norm", "cross_attention.query": "column", "cross_attention.kv": "column of memory"}
+    plan = {"attention_norm": "norm", "attention.qkv": "column", "attention.out": "row"}
+    plan |= cross | {"cross_attention.out": "row"} if crosses else {}
+    plan |= {"mlp_norm": "norm", "mlp.up": "column", "mlp.down": "row"}
+    return {f"{blocks}.{name}": style for name, style in plan.items()}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Parallelism is applied to a model, never written into it; this is the only place that knows the order.
 
-    model on meta ── recompute ── compile units ─┬─ several ranks: FSDP2 each unit, then the rest ─┬─ memory, numbers
-                                                 └─ one rank: weights cast by `compute_in` ────────┘
+    model on meta ── tensor parallel ── recompute ── compile ─┬─ several ranks: FSDP2 units, then the rest ─┬─ memory
+                                                              └─ one rank: weights cast by `compute_in` ────┘
 
 Compile comes after recompute, so that it sees what is computed twice, and before FSDP2, so that the hooks that gather
 weights stay outside of the compiled graphs.
@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from moltron.config.schema import ParallelConfig
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.collectives import world_size
-from moltron.parallel.mesh import build_mesh
+from moltron.parallel.mesh import build_mesh, data_mesh
 from moltron.parallel.precision import DTYPES, compute_in, mixed_precision
 from moltron.parallel.recompute import recompute_units
+from moltron.parallel.tensor import own_part, stacked, tensor_parallel
 
 
 def units(model: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
@@ -55,16 +56,20 @@ def parallelize(
     config: ParallelConfig | None = None,
 ) -> nn.Module:
     """Make a model on the meta device ready for `device` and the current world; its memory is not filled yet."""
-    config = config or ParallelConfig()
+    config, mesh = config or ParallelConfig(), None
+    if world_size() > 1:
+        mesh = build_mesh(config, world_size(), device.type)
+        if config.tp > 1:
+            tensor_parallel(model, plan.tensor, mesh["tp"])
     recompute_units(units(model, plan), config.recompute, config.recompute_every)
     if compile:
         compile_units(model, plan)
     methods = [name for name in plan.methods if hasattr(model, name)]
-    if world_size() == 1 and precision != "fp32":
+    if mesh is None and precision != "fp32":
         compute_in(model, DTYPES[precision], units(model, plan), ("forward", *methods))
-    elif world_size() > 1:
+    elif mesh is not None:
         settings: dict[str, Any] = dict(
-            mesh=build_mesh(config, world_size(), device.type),
+            mesh=data_mesh(mesh),
             mp_policy=mixed_precision(precision),
             reshard_after_forward=config.reshard_after_forward,
         )
@@ -78,10 +83,7 @@ def parallelize(
 def assign_full(parameter: nn.Parameter, value: Tensor) -> None:
     """Write a full tensor, equal on every rank, into a parameter that may be sharded. No communication."""
     with torch.no_grad():
-        value = value.to(device=parameter.device, dtype=parameter.dtype)
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
+        local(parameter.data).copy_(own_part(value, parameter))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -90,25 +92,13 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def gather_stack(parts: Tensor, like: Tensor) -> Tensor:
-    """This rank's parts of K tensors that are laid out as `like`, (K, …) → the whole tensors, in one collective."""
+    """This rank's parts of K tensors that are laid out as `like`, (K, …) → the whole tensors, in few collectives."""
     if not isinstance(like, DTensor):
         return parts
-    shape = torch.Size((len(parts), *like.shape))
-    stride = (like.numel(), *like.stride())
-    return DTensor.from_local(
-        parts, like.device_mesh, _stacked(like), run_check=False, shape=shape, stride=stride
-    ).full_tensor()
-
-
-def own_stack(wholes: Tensor, like: Tensor) -> Tensor:
-    """The way back of `gather_stack`: no communication."""
-    if not isinstance(like, DTensor):
-        return wholes
-    return distribute_tensor(wholes, like.device_mesh, _stacked(like), src_data_rank=None).to_local()
-
-
-def _stacked(like: DTensor) -> list[Placement]:
-    return [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
+    shape, stride = torch.Size((len(parts), *like.shape)), (like.numel(), *like.stride())
+    placements = [stacked(p) for p in like.placements]
+    settings: Any = dict(run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(parts, like.device_mesh, placements, **settings).full_tensor()
 
 
 def load_full_state(model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> None:

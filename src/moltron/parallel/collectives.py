@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_sharing = 1  # ranks that work on one pack
+
 
 def init(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
     """Join (or found) the job; returns this rank's device. device: auto | cpu | cuda. Safe to call twice.
@@ -46,10 +48,30 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def share_packs(ranks: int) -> None:
+    """From now on, so many neighbouring ranks (those of tensor parallelism) work on one pack together."""
+    global _sharing
+    _sharing = ranks
+
+
+def data_rank() -> int:
+    """Which part of the data this rank works on, of `data_world_size()`."""
+    return rank() // _sharing
+
+
+def data_world_size() -> int:
+    return world_size() // _sharing
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over all ranks, in place; returns the tensor. Does not wait for the device."""
+    """Sum over all parts of the data, in place; returns the tensor, floating point. Does not wait for the device.
+
+    Of ranks that share a pack one counts, but a flag that only one of them has raised is not lost.
+    """
     if world_size() > 1:
         dist.all_reduce(tensor)
+        if _sharing > 1:
+            tensor /= _sharing
     return tensor
 
 
@@ -75,5 +97,6 @@ def barrier() -> None:
 
 
 def shutdown() -> None:
+    share_packs(1)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """The mesh of ranks: which axes there are, and how many ranks each has.
 
-    parallel.dp_replicate=2, 8 processes ──mesh_shape──> 2 × 4 ──build_mesh──> DeviceMesh(dp_replicate, dp_shard)
+    parallel.tp=2, 8 processes ──mesh_shape──> 1 × 4 × 2 ──build_mesh──> DeviceMesh(dp_shard, tp)
 
 Neighbouring ranks (of one host) are next to each other on the last axis, which talks most.
 """
@@ -11,27 +11,33 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moltron.config.schema import ParallelConfig
 
-AXES = ("dp_replicate", "dp_shard")
+AXES = ("dp_replicate", "dp_shard", "tp")
 
 
-def mesh_shape(config: ParallelConfig, world: int) -> tuple[int, int]:
+def mesh_shape(config: ParallelConfig, world: int) -> tuple[int, int, int]:
     """Ranks on each of AXES. Raises ValueError with the fix where their product cannot be `world`."""
-    replicate, shard = config.dp_replicate, config.dp_shard
-    if replicate < 1 or (shard is not None and shard < 1):
-        raise ValueError(f"parallel.dp_replicate={replicate} and parallel.dp_shard={shard} must be at least 1")
-    found = world // replicate if shard is None else shard
-    if replicate * found != world:
-        sizes = f"dp_replicate={replicate}" + ("" if shard is None else f" × dp_shard={shard}")
+    replicate, shard, tp = config.dp_replicate, config.dp_shard, config.tp
+    for axis, ranks in zip(AXES, (replicate, shard, tp), strict=True):
+        if ranks is not None and ranks < 1:
+            raise ValueError(f"parallel.{axis}={ranks} must be at least 1")
+    found = world // (replicate * tp) if shard is None else shard
+    if replicate * found * tp != world:
+        given = f"dp_replicate={replicate} × " + ("" if shard is None else f"dp_shard={shard} × ") + f"tp={tp}"
         raise ValueError(
-            f"parallel.{sizes} does not make the {world} processes of this run: leave dp_shard out and choose a "
-            f"dp_replicate that divides {world}"
+            f"parallel: {given} does not make the {world} processes of this run: leave dp_shard out and let "
+            f"dp_replicate · tp divide {world}"
         )
-    return replicate, found
+    return replicate, found, tp
 
 
 def build_mesh(config: ParallelConfig, world: int, device_type: str) -> DeviceMesh:
-    """With one copy of the weights, one axis: FSDP2 shards on it. With several, two: FSDP2's hybrid sharding."""
-    shape = mesh_shape(config, world)
-    if shape[0] == 1:
-        return init_device_mesh(device_type, shape[1:], mesh_dim_names=AXES[1:])
-    return init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    """dp_shard, and the other axes where they have more than one rank."""
+    axes = [(n, axis) for n, axis in zip(mesh_shape(config, world), AXES) if n > 1 or axis == "dp_shard"]
+    sizes, names = zip(*axes)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=names)
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes on which weights are sharded and gradients averaged: two of them are FSDP2's hybrid sharding."""
+    names = tuple(name for name in mesh.mesh_dim_names or () if name != "tp")
+    return mesh[names]

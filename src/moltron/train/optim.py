@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from moltron.config.schema import OptimConfig
 from moltron.models.spec import ParallelPlan
-from moltron.parallel.apply import gather_stack, local, own_stack, units
+from moltron.parallel.apply import gather_stack, local, units
+from moltron.parallel.tensor import own_part
 
 NAMES = ("adamw", "muon")
 STACK = 2**26  # elements orthogonalised at once: bounds Muon's extra memory to a few times 128 MB
@@ -40,7 +41,7 @@ class Muon(torch.optim.Muon):
                 updates = newton_schulz(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 rows, columns = parameters[0].shape
                 lr = group["lr"] * max(1.0, rows / columns) ** 0.5
-                own = [update.to(parameters[0].dtype) for update in own_stack(updates, parameters[0])]
+                own = [own_part(update, parameters[0]).to(parameters[0].dtype) for update in updates]
                 values = [local(p.data) for p in parameters]
                 torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(values, own, alpha=-lr)

@@ -32,7 +32,7 @@ from moltron.config.schema import TrainConfig
 from moltron.data.store import Store
 from moltron.models.registry import architecture_problems, build_model, get_spec, make_config
 from moltron.models.spec import ModelSpec, num_parameters
-from moltron.objectives import OBJECTIVES
+from moltron.objectives import OBJECTIVES, Objective
 from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, load_full_state, parallelize
 from moltron.parallel.mesh import mesh_shape
@@ -146,7 +146,8 @@ def validate(config: TrainConfig, world: int) -> list[str]:
         if value not in known
     ]
     try:
-        mesh_shape(config.parallel, world)
+        replicate, shard, _ = mesh_shape(config.parallel, world)
+        world = replicate * shard
     except ValueError as error:
         problems.append(str(error))
     if b.packs > 0 and b.packs % world:
@@ -190,10 +191,29 @@ def _model_problems(config: TrainConfig) -> list[str]:
         if 0 < tokens < length:
             of_sequence = "data.max_length" if key == "tokens" else "data.decoder_max_length"
             problems.append(f"batch.{key}={tokens} < {of_sequence}={length}: raise batch.{key} or lower {of_sequence}")
+    problems += _tensor_problems(config, model_config, kind)
     if config.data.max_length <= tokenizer.num_specials:
         problems.append(
             f"data.max_length={config.data.max_length} leaves no residue beside {tokenizer.num_specials} special tokens"
         )
+    return problems
+
+
+def _tensor_problems(config: TrainConfig, model_config: Any, objective: type[Objective]) -> list[str]:
+    """What tensor parallelism cannot cut."""
+    tp = config.parallel.tp
+    if tp < 2:
+        return []
+    cut = {"model.num_heads": model_config.num_heads, "model.ffn_size": model_config.ffn_size}
+    streams = config.batch.streams(objective.streams)
+    cut |= dict(zip(("batch.tokens", "batch.decoder_tokens"), streams, strict=False))
+    problems = [
+        f"{key}={size} cannot be shared equally by parallel.tp={tp} ranks" for key, size in cut.items() if size % tp
+    ]
+    if not getattr(model_config, "can_be_cut", True):
+        problems.append(f"parallel.tp={tp}: relative position biases cannot be cut yet; use parallel.dp_shard")
+    if objective.reconstructs and config.train.eval_molecules:
+        problems.append(f"parallel.tp={tp}: decoding is not cut: set train.eval_molecules=0")
     return problems
 
 
@@ -236,6 +256,7 @@ def build_run(config: TrainConfig, device: torch.device) -> Run:
     problems = validate(config, collectives.world_size())
     if problems:
         raise ConfigError(problems)
+    collectives.share_packs(config.parallel.tp)
     _warn(config)
     stores = _open_stores(config)
     _check_same_run(config, folder, stores)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moltron.models.batch import PackedBatch
 from moltron.parallel.apply import set_gradient_sync
-from moltron.parallel.collectives import all_reduce_sum, world_size
+from moltron.parallel.collectives import all_reduce_sum, data_world_size
 from moltron.train.graph import GraphedBackward
 from moltron.train.optim import Optimizer
 
@@ -147,7 +147,7 @@ class TrainStep:
     def __call__(self, step: int, batches: list[PackedBatch], targets: int, lr: float, stop: bool = False) -> Pending:
         """batches: this rank's packs. targets: how many this rank has. stop: this rank was asked to stop."""
         totals = self._count(batches, targets, stop)
-        scale = world_size() * (self.scaler.scale if self.scaler else 1.0) / totals[1].clamp(min=1).float()
+        scale = data_world_size() * (self.scaler.scale if self.scaler else 1.0) / totals[1].clamp(min=1).float()
         losses = [self._backward(batch, scale, last=batch is batches[-1]) for batch in batches]
         packs = torch.stack(losses).double()
         totals[0] = packs.sum()

@@ -39,7 +39,13 @@ RUNS = {
     "muon": (*SHORT, "optim.name=muon"),
     "each": (*SHORT, "parallel.reshard_after_forward=true", "train.max_steps=2", "train.eval_packs=3"),
     "hybrid": (*SHORT, "parallel.dp_replicate=2", "parallel.recompute=full"),
+    "tensor": (*SHORT, "parallel.tp=2"),
 }
+
+
+def without_axes(keys):
+    """For one process."""
+    return [key for key in keys if not key.startswith(("parallel.dp_", "parallel.tp"))]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def both(tmp_path_factory, arguments, tiny_config):
         for rank in range(2)
     ]
     for name, keys in RUNS.items():
-        train(tiny_config(folder / "one" / name, *(key for key in keys if "dp_replicate" not in key)))
+        train(tiny_config(folder / "one" / name, *without_axes(keys)))
     try:
         for rank in ranks:
             output, _ = rank.communicate(timeout=300)
@@ -80,7 +86,9 @@ def both(tmp_path_factory, arguments, tiny_config):
     return folder
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("adamw", 1e-5), ("muon", 1e-3), ("each", 1e-5), ("hybrid", 1e-5)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("adamw", 1e-5), ("muon", 1e-3), ("each", 1e-5), ("hybrid", 1e-5), ("tensor", 1e-5)]
+)
 def test_two_ranks_are_one_process(both, read_lines, read_state, name, tolerance):
     one, two = (read_lines(both / home / name) for home in ("one", "two"))
     assert len(one) == len(two) >= 2
@@ -102,12 +110,12 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(both, read_state):
     assert step == meta["step"] == meta["updates"] in (3, 4)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "hybrid"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "hybrid", "tensor"])
 def test_one_process_goes_on_where_two_ranks_stopped(both, tiny_config, read_lines, tmp_path, name):
     run_dir = tmp_path / "run"
     shutil.copytree(both / "two" / name, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step-00000003")
-    train(tiny_config(run_dir, *(key for key in RUNS[name] if "dp_replicate" not in key)))
+    train(tiny_config(run_dir, *without_axes(RUNS[name])))
     for a, b in zip(read_lines(both / "one" / name), read_lines(run_dir), strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3 if name == "muon" else 1e-5)
 
@@ -117,3 +125,15 @@ def test_packs_that_cannot_be_shared(tiny_config):
 
     (problem,) = validate(tiny_config("/nowhere/run"), world=3)
     assert problem == "batch.packs=4 cannot be shared equally by 3 processes: set batch.packs=3"
+
+
+def test_what_tensor_parallelism_cannot_cut_is_said_at_once(tiny_config):
+    from moltron.train.setup import validate
+
+    problems = validate(tiny_config("/nowhere/run", "parallel.tp=5", "batch.packs=3"), world=10)
+    assert problems == [
+        "model.num_heads=2 cannot be shared equally by parallel.tp=5 ranks",
+        "model.ffn_size=64 cannot be shared equally by parallel.tp=5 ranks",
+        "batch.tokens=192 cannot be shared equally by parallel.tp=5 ranks",
+        "batch.packs=3 cannot be shared equally by 2 processes: set batch.packs=4",
+    ]

@@ -1,5 +1,14 @@
 """How ESM-1 is cut: globs over module names."""
 
-from moltron.models.spec import ParallelPlan
+from moltron.models.spec import ParallelPlan, block_plan
 
-PLAN = ParallelPlan(units=("layers.*",))
+TENSOR = {
+    "embed": "replicate",
+    "embed_positions": "replicate",
+    "embed_norm": "replicate",
+    "layers.0": "scatter tokens",
+    **block_plan("layers.*"),
+    "norm": "norm, gather tokens",
+    "head": "replicate",
+}
+PLAN = ParallelPlan(units=("layers.*",), tensor=TENSOR)

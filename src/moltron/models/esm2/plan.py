@@ -1,5 +1,12 @@
 """How ESM-2 is cut: globs over module names."""
 
-from moltron.models.spec import ParallelPlan
+from moltron.models.spec import ParallelPlan, block_plan
 
-PLAN = ParallelPlan(units=("layers.*",))
+TENSOR = {
+    "embed": "replicate",
+    "layers.0": "scatter tokens",
+    **block_plan("layers.*"),
+    "norm": "norm, gather tokens",
+    "head": "replicate",
+}
+PLAN = ParallelPlan(units=("layers.*",), tensor=TENSOR)

@@ -1,5 +1,7 @@
 """How ProtT5 is cut: globs over module names."""
 
+from moltron.models.encoder_decoder import TENSOR
 from moltron.models.spec import ParallelPlan
 
-PLAN = ParallelPlan(units=("encoder.layers.*", "decoder.layers.*"), methods=("encode", "start", "step"))
+UNITS = ("encoder.layers.*", "decoder.layers.*")
+PLAN = ParallelPlan(units=UNITS, methods=("encode", "start", "step"), tensor=TENSOR)

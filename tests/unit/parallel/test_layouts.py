@@ -1,0 +1,199 @@
+"""Every layout of four ranks is one process, in float64: losses, gradient norms, weights, checkpoints. One spawn."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moltron.checkpoint.manager import CheckpointManager
+from moltron.config.schema import ObjectiveConfig, OptimConfig, ParallelConfig
+from moltron.models.registry import build_model, get_spec
+from moltron.objectives import Limits, get_objective
+from moltron.parallel import collectives
+from moltron.parallel.apply import assign_full, parallelize
+from moltron.tokenizers import get_tokenizer
+from moltron.train.optim import Optimizer
+from moltron.train.step import TrainStep
+
+SIZES = dict(hidden_size=32, num_layers=2, num_heads=4, ffn_size=64)
+TWO = SIZES | dict(num_decoder_layers=2, max_positions=64)
+ESM1B = SIZES | dict(vocab_size=33, token_dropout=True, embed_norm=True, contact_head=True, mask_id=32)
+MODELS = {  # family, architecture, tokenizer, objective
+    "esm2": ("esm2", SIZES, "esm2", "masked_lm"),
+    "esm1b": ("esm1", ESM1B | dict(tokenizer="esm2"), "esm2", "masked_lm"),
+    "megamolbart": ("megamolbart", TWO, "megamolbart", "denoising"),
+    "prott5nv": ("prott5", TWO, "prott5nv", "span_corruption"),
+}
+LAYOUTS = {
+    "dp_shard 4": {},
+    "dp_replicate 2, dp_shard 2": dict(dp_replicate=2),
+    "dp_shard 2, tp 2": dict(tp=2),
+    "dp_replicate 2, tp 2": dict(dp_replicate=2, tp=2),
+    "tp 4": dict(tp=4),
+    "dp_shard 2, tp 2, recomputed": dict(tp=2, recompute="full", reshard_after_forward=True),
+}
+EVERYDAY, SLOW = ["esm2", "megamolbart"], ["esm1b", "prott5nv"]
+PAIRS = [(list(LAYOUTS)[i], list(LAYOUTS)[(i + away) % 6]) for i in range(6) for away in (1, 2)]
+STEPS, PACKS, TOKENS = 3, 4, 64
+
+
+def packs(name, step):
+    """The packs of a step, the same on all ranks."""
+    tokenizer, objective_name = MODELS[name][2:]
+    objective = get_objective(ObjectiveConfig(name=objective_name), get_tokenizer(tokenizer), 0)
+    rng = np.random.default_rng(step)
+    tokens, limits = ((TOKENS,), Limits(48)) if objective.streams == 1 else ((TOKENS, TOKENS), Limits(48, 48))
+    found = []
+    for pack in range(PACKS):
+        lengths = rng.integers(5, 18, 3)
+        ids = rng.integers(6, 20, lengths.sum())
+        records = np.arange(3) + 3 * pack
+        found.append(objective.batch(ids, lengths, records, step, tokens=tokens, limits=limits))
+    return objective, found
+
+
+def trained(name, layout, optimizer_name, folder=None):
+    """(losses and gradient norms, final weights whole); folder: its checkpoint is written there."""
+    family, architecture, *_ = MODELS[name]
+    spec, device = get_spec(family), torch.device("cpu")
+    config = ParallelConfig(**layout)
+    collectives.share_packs(config.tp)
+    model = build_model(family, architecture).double()
+    parallelize(model, spec.plan, device, precision="fp32", compile=False, config=config)
+    model.init_weights(0, assign_full)
+    optimizer = Optimizer(model, spec.plan, OptimConfig(name=optimizer_name, lr=1e-2, muon_lr=1e-2), 1e-2)
+    objective, _ = packs(name, 0)
+    settings = dict(clip=1.0, scaler=None, skip_nonfinite=False, sync_each=config.reshard_after_forward)
+    step, numbers = TrainStep(model, objective.loss, optimizer, device, **settings), []
+    for i in range(STEPS):
+        own = packs(name, i)[1][collectives.data_rank() :: collectives.data_world_size()]
+        reading = step(i, own, sum(int((b.targets >= 0).sum()) for b in own), 1e-2).read()
+        numbers += [reading.loss, reading.grad_norm, reading.tokens]
+    if folder is not None:
+        manager = CheckpointManager(folder)
+        manager.save(STEPS, state_of(model, optimizer), {})
+        manager.wait()
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    return numbers, {n: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for n, p in weights.items()}
+
+
+def state_of(model, optimizer):
+    return {f"model.{n}": p.detach() for n, p in model.named_parameters()} | optimizer.state_tensors()
+
+
+def restored(name, layout, folder):
+    """The whole weights that a layout reads from another's checkpoint."""
+    family, architecture, *_ = MODELS[name]
+    spec, config = get_spec(family), ParallelConfig(**layout)
+    model = build_model(family, architecture).double()
+    parallelize(model, spec.plan, torch.device("cpu"), precision="fp32", compile=False, config=config)
+    optimizer = Optimizer(model, spec.plan, OptimConfig(), 1e-2)
+    manager = CheckpointManager(folder)
+    state = state_of(model, optimizer)
+    manager.restore(manager.find_latest(), state)
+    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in state.items()}
+
+
+def furthest(found, expected):
+    return max(((found[n] - p).norm() / p.norm().clamp_min(1e-6)).item() for n, p in expected.items())
+
+
+def optimizers(name):
+    return ("adamw", "muon") if name == "esm2" else ("adamw",)
+
+
+def on_rank(folder, names):
+    """What each of four processes does. Prints, on rank 0, differences from one process by model, optimizer, layout."""
+    results = {}
+    collectives.init("cpu")
+    for name in names:
+        for optimizer in optimizers(name):
+            expected = torch.load(folder / f"{name} {optimizer}.pt", weights_only=True)
+            for layout, axes in LAYOUTS.items():
+                saves = folder / f"{name} {layout}" if (name, optimizer) == ("esm2", "adamw") else None
+                numbers, weights = trained(name, axes, optimizer, saves)
+                wrong = [abs(a - b) / abs(b) for a, b in zip(numbers, expected["numbers"], strict=True)]
+                results[f"{name}, {optimizer}, {layout}"] = max(wrong), furthest(weights, expected["weights"])
+    for saved, layout in PAIRS if "esm2" in names else ():  # save here, load there
+        folder_of = folder / f"esm2 {saved}"
+        whole = restored("esm2", LAYOUTS["dp_shard 4"], folder_of)
+        results[f"{saved} → {layout}"] = 0.0, furthest(restored("esm2", LAYOUTS[layout], folder_of), whole)
+    if collectives.rank() == 0:
+        print(json.dumps(results))
+    collectives.shutdown()
+
+
+def spawned(names):
+    """The results of `on_rank` for these models."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        for name in names:
+            for optimizer in optimizers(name):
+                numbers, weights = trained(name, {}, optimizer)
+                torch.save({"numbers": numbers, "weights": weights}, Path(folder, f"{name} {optimizer}.pt"))
+        probe.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        probe.close()
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, folder, *names],
+                env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(4)
+        ]
+        try:
+            outputs = [rank.communicate(timeout=500) for rank in ranks]
+            assert [rank.returncode for rank in ranks] == [0] * 4, outputs[0][1][-3000:]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        return json.loads(outputs[0][0].splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def results():
+    return spawned(EVERYDAY)
+
+
+@pytest.fixture(scope="module")
+def slow_results():
+    return spawned(SLOW)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", EVERYDAY)
+def test_a_layout_is_one_process(results, name, layout):
+    numbers, weights = results[f"{name}, adamw, {layout}"]
+    assert numbers < 1e-9 and weights < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SLOW)
+def test_a_layout_is_one_process_for_the_other_families(slow_results, name, layout):
+    test_a_layout_is_one_process(slow_results, name, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_muon_too(results, layout):
+    """Its iteration runs in fp32 here, in bf16 on a GPU."""
+    numbers, weights = results[f"esm2, muon, {layout}"]
+    assert numbers < 1e-3 and weights < 5e-3
+
+
+@pytest.mark.parametrize(("saved", "layout"), PAIRS)
+def test_saved_here_loaded_there(results, saved, layout):
+    assert results[f"{saved} → {layout}"][1] == 0.0
+
+
+if __name__ == "__main__":
+    on_rank(Path(sys.argv[1]), sys.argv[2:])
