@@ -108,6 +108,7 @@ class CheckpointConfig:
 class ParallelConfig:
     dp_replicate: int = 1  # copies of the weights; each is sharded over dp_shard ranks
     dp_shard: int | None = None  # None: all ranks that the others leave
+    cp: int = 1  # context parallel: ranks that share the tokens of each pack
     tp: int = 1  # tensor parallel: ranks that share each block's heads and feed-forward, and one pack
     reshard_after_forward: bool = False  # frees the gathered weights between forward and backward: memory for speed
     recompute: str = "none"  # blocks' activations in the backward: none | selective (not matrix products) | full

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moltron.layers.layout import Layout
+from moltron.layers.layout import Layout, Share
 from moltron.layers.positions import Rotary, apply_rotary
 
 # Every CUDA build of torch for Linux brings Triton, the others come without. Imported here rather than where it is
@@ -53,14 +53,26 @@ class RelativeBias(NamedTuple):
 def attend_qkv(qkv_TN3H: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
     """Softmax(q kᵀ / √H) v within each sequence of `layout`, bidirectional; q and k are rotated first, with a `rotary`.
 
-    qkv_TN3H: as one projection writes it. Returns (T, N, H).
+    qkv_TN3H: as one projection writes it; only this rank's tokens where `layout` has a share. Returns (T, N, H).
     """
+    if layout.share is not None:
+        return _attend_shared(qkv_TN3H, layout, layout.share, rotary)
     if packed_attention and _suits_kernels(qkv_TN3H):
         return packed_attention(qkv_TN3H, layout.tiles, rotary)
     q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
     if rotary is not None:
         q_TNH, k_TNH = apply_rotary(q_TNH, *rotary), apply_rotary(k_TNH, *rotary)
     return _attend_by_lengths(q_TNH, k_TNH, v_TNH, layout, layout, False, None, None)
+
+
+def _attend_shared(qkv_TN3H: Tensor, layout: Layout, share: Share, rotary: Rotary) -> Tensor:
+    """Queries of this rank's tokens, keys and values of all."""
+    q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
+    if rotary is not None:
+        cos, sin = (table[share.start : share.stop] for table in rotary)
+        q_TNH, k_TNH = apply_rotary(q_TNH, cos, sin), apply_rotary(k_TNH, cos, sin)
+    kv_SN2H = share.gather(torch.stack((k_TNH, v_TNH), 2))
+    return attend([q_TNH[:, :, None], kv_SN2H], share.queries, layout)
 
 
 def attend(

@@ -20,6 +20,20 @@ TILE = 64  # tokens of one sequence that one program of an attention kernel take
 
 
 @dataclass(eq=False)
+class Share:
+    """What a rank of context parallelism holds of a pack: its tokens from `start` to `stop`.
+
+    queries: their layout, with as many sequences as the pack's, most of them empty. gather: this rank's rows → those of
+    all tokens, in order, differentiable.
+    """
+
+    start: int
+    stop: int
+    queries: Layout
+    gather: Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
 class Layout:
     """Where the sequences of one packed token axis begin and end.
 
@@ -27,12 +41,14 @@ class Layout:
     positions: (T,) int32, 0, 1, 2 … within each sequence.
     lengths: the B lengths on the host, so that no path waits for the device.
     tiles: (T // TILE + B, 4) int32, `tile_table`.
+    share: where a rank holds only some of the tokens; None: it holds all.
     """
 
     cu_seqlens: Tensor
     positions: Tensor
     lengths: tuple[int, ...]
     tiles: Tensor
+    share: Share | None = None
 
     @staticmethod
     def of(lengths: np.ndarray) -> Layout:

@@ -20,11 +20,13 @@ class ParallelPlan:
 
     methods: what else than forward is called on the model and on its units, and so has to gather weights first.
     tensor: how tensor parallelism cuts a module (`parallel.tensor.STYLES`); what a model does not have is passed over.
+    context: between which modules context parallelism shares tokens: the first block, the norm behind the last.
     """
 
     units: tuple[str, ...]
     methods: tuple[str, ...] = ()
     tensor: Mapping[str, str] = field(default_factory=dict)
+    context: tuple[str, str] = ("layers.0", "norm")
 
 
 def block_plan(blocks: str, crosses: bool = False) -> dict[str, str]:

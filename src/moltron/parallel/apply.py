@@ -1,7 +1,7 @@
 """Parallelism is applied to a model, never written into it; this is the only place that knows the order.
 
-    model on meta ── tensor parallel ── recompute ── compile ─┬─ several ranks: FSDP2 units, then the rest ─┬─ memory
-                                                              └─ one rank: weights cast by `compute_in` ────┘
+    model on meta ── context, tensor ── recompute ── compile ─┬─ several ranks: FSDP2, units, then rest ─┬─ memory
+                                                              └─ one rank: weights cast by `compute_in` ─┘
 
 Compile comes after recompute, so that it sees what is computed twice, and before FSDP2, so that the hooks that gather
 weights stay outside of the compiled graphs.
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from moltron.config.schema import ParallelConfig
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.collectives import world_size
+from moltron.parallel.context import enter_context, leave_context
 from moltron.parallel.mesh import build_mesh, data_mesh
 from moltron.parallel.precision import DTYPES, compute_in, mixed_precision
 from moltron.parallel.recompute import recompute_units
@@ -59,8 +60,13 @@ def parallelize(
     config, mesh = config or ParallelConfig(), None
     if world_size() > 1:
         mesh = build_mesh(config, world_size(), device.type)
+        first, norm = plan.context
+        if config.cp > 1:
+            enter_context(model, first, mesh["cp"])
         if config.tp > 1:
             tensor_parallel(model, plan.tensor, mesh["tp"])
+        if config.cp > 1:
+            leave_context(model, norm, mesh["cp"])
     recompute_units(units(model, plan), config.recompute, config.recompute_every)
     if compile:
         compile_units(model, plan)

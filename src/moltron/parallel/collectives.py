@@ -49,7 +49,7 @@ def world_size() -> int:
 
 
 def share_packs(ranks: int) -> None:
-    """From now on, so many neighbouring ranks (those of tensor parallelism) work on one pack together."""
+    """From now on, so many neighbouring ranks (those of context and tensor parallelism) work on one pack together."""
     global _sharing
     _sharing = ranks
 

@@ -11,23 +11,24 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moltron.config.schema import ParallelConfig
 
-AXES = ("dp_replicate", "dp_shard", "tp")
+AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
 
-def mesh_shape(config: ParallelConfig, world: int) -> tuple[int, int, int]:
+def mesh_shape(config: ParallelConfig, world: int) -> tuple[int, int, int, int]:
     """Ranks on each of AXES. Raises ValueError with the fix where their product cannot be `world`."""
-    replicate, shard, tp = config.dp_replicate, config.dp_shard, config.tp
-    for axis, ranks in zip(AXES, (replicate, shard, tp), strict=True):
+    given = {axis: getattr(config, axis) for axis in AXES}
+    for axis, ranks in given.items():
         if ranks is not None and ranks < 1:
             raise ValueError(f"parallel.{axis}={ranks} must be at least 1")
-    found = world // (replicate * tp) if shard is None else shard
-    if replicate * found * tp != world:
-        given = f"dp_replicate={replicate} × " + ("" if shard is None else f"dp_shard={shard} × ") + f"tp={tp}"
+    others = config.dp_replicate * config.cp * config.tp
+    shard = world // others if config.dp_shard is None else config.dp_shard
+    if others * shard != world:
+        asked = " × ".join(f"{axis}={ranks}" for axis, ranks in given.items() if ranks not in (None, 1))
         raise ValueError(
-            f"parallel: {given} does not make the {world} processes of this run: leave dp_shard out and let "
-            f"dp_replicate · tp divide {world}"
+            f"parallel: {asked} does not make the {world} processes of this run: leave dp_shard out and let the "
+            f"product of the others divide {world}"
         )
-    return replicate, found, tp
+    return config.dp_replicate, shard, config.cp, config.tp
 
 
 def build_mesh(config: ParallelConfig, world: int, device_type: str) -> DeviceMesh:
@@ -38,6 +39,12 @@ def build_mesh(config: ParallelConfig, world: int, device_type: str) -> DeviceMe
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The axes on which weights are sharded and gradients averaged: two of them are FSDP2's hybrid sharding."""
-    names = tuple(name for name in mesh.mesh_dim_names or () if name != "tp")
-    return mesh[names]
+    """The axes on which weights are sharded and gradients averaged: two of them are FSDP2's hybrid sharding.
+
+    Ranks of context parallelism shard weights as well.
+    """
+    names = mesh.mesh_dim_names or ()
+    shard = mesh["dp_shard", "cp"]._flatten("dp_shard_cp") if "cp" in names else mesh["dp_shard"]
+    if "dp_replicate" not in names:
+        return shard
+    return mesh["dp_replicate", "dp_shard_cp" if "cp" in names else "dp_shard"]

@@ -146,7 +146,7 @@ def validate(config: TrainConfig, world: int) -> list[str]:
         if value not in known
     ]
     try:
-        replicate, shard, _ = mesh_shape(config.parallel, world)
+        replicate, shard, *_ = mesh_shape(config.parallel, world)
         world = replicate * shard
     except ValueError as error:
         problems.append(str(error))
@@ -191,7 +191,7 @@ def _model_problems(config: TrainConfig) -> list[str]:
         if 0 < tokens < length:
             of_sequence = "data.max_length" if key == "tokens" else "data.decoder_max_length"
             problems.append(f"batch.{key}={tokens} < {of_sequence}={length}: raise batch.{key} or lower {of_sequence}")
-    problems += _tensor_problems(config, model_config, kind)
+    problems += _cut_problems(config, model_config, kind)
     if config.data.max_length <= tokenizer.num_specials:
         problems.append(
             f"data.max_length={config.data.max_length} leaves no residue beside {tokenizer.num_specials} special tokens"
@@ -199,21 +199,22 @@ def _model_problems(config: TrainConfig) -> list[str]:
     return problems
 
 
-def _tensor_problems(config: TrainConfig, model_config: Any, objective: type[Objective]) -> list[str]:
-    """What tensor parallelism cannot cut."""
-    tp = config.parallel.tp
-    if tp < 2:
+def _cut_problems(config: TrainConfig, model_config: Any, objective: type[Objective]) -> list[str]:
+    """What tensor and context parallelism cannot cut."""
+    tp, cp = config.parallel.tp, config.parallel.cp
+    if tp < 2 and cp < 2:
         return []
-    cut = {"model.num_heads": model_config.num_heads, "model.ffn_size": model_config.ffn_size}
-    streams = config.batch.streams(objective.streams)
-    cut |= dict(zip(("batch.tokens", "batch.decoder_tokens"), streams, strict=False))
+    cut = {"model.num_heads": (model_config.num_heads, tp), "model.ffn_size": (model_config.ffn_size, tp)}
+    tokens = dict(zip(("batch.tokens", "batch.decoder_tokens"), config.batch.streams(objective.streams), strict=False))
+    cut |= {key: (size, tp * cp if key == "batch.tokens" else tp) for key, size in tokens.items()}
+    asked = f"parallel.tp={tp}" + (f" × cp={cp}" if cp > 1 else "")
     problems = [
-        f"{key}={size} cannot be shared equally by parallel.tp={tp} ranks" for key, size in cut.items() if size % tp
+        f"{key}={size} cannot be shared equally by {asked} ranks" for key, (size, n) in cut.items() if size % max(n, 1)
     ]
     if not getattr(model_config, "can_be_cut", True):
-        problems.append(f"parallel.tp={tp}: relative position biases cannot be cut yet; use parallel.dp_shard")
+        problems.append(f"{asked}: relative position biases cannot be cut yet; use parallel.dp_shard")
     if objective.reconstructs and config.train.eval_molecules:
-        problems.append(f"parallel.tp={tp}: decoding is not cut: set train.eval_molecules=0")
+        problems.append(f"{asked}: decoding is not cut: set train.eval_molecules=0")
     return problems
 
 
@@ -256,7 +257,7 @@ def build_run(config: TrainConfig, device: torch.device) -> Run:
     problems = validate(config, collectives.world_size())
     if problems:
         raise ConfigError(problems)
-    collectives.share_packs(config.parallel.tp)
+    collectives.share_packs(config.parallel.cp * config.parallel.tp)
     _warn(config)
     stores = _open_stores(config)
     _check_same_run(config, folder, stores)

@@ -40,12 +40,13 @@ RUNS = {
     "each": (*SHORT, "parallel.reshard_after_forward=true", "train.max_steps=2", "train.eval_packs=3"),
     "hybrid": (*SHORT, "parallel.dp_replicate=2", "parallel.recompute=full"),
     "tensor": (*SHORT, "parallel.tp=2"),
+    "context": (*SHORT, "parallel.cp=2"),
 }
 
 
 def without_axes(keys):
     """For one process."""
-    return [key for key in keys if not key.startswith(("parallel.dp_", "parallel.tp"))]
+    return [key for key in keys if not key.startswith(("parallel.dp_", "parallel.tp", "parallel.cp"))]
 
 
 @pytest.fixture(scope="module")

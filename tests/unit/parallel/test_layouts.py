@@ -37,10 +37,14 @@ LAYOUTS = {
     "dp_shard 2, tp 2": dict(tp=2),
     "dp_replicate 2, tp 2": dict(dp_replicate=2, tp=2),
     "tp 4": dict(tp=4),
+    "cp 4": dict(cp=4),
+    "dp_shard 2, cp 2": dict(cp=2),
+    "dp_replicate 2, cp 2": dict(dp_replicate=2, cp=2),
+    "cp 2, tp 2": dict(cp=2, tp=2),
     "dp_shard 2, tp 2, recomputed": dict(tp=2, recompute="full", reshard_after_forward=True),
 }
 EVERYDAY, SLOW = ["esm2", "megamolbart"], ["esm1b", "prott5nv"]
-PAIRS = [(list(LAYOUTS)[i], list(LAYOUTS)[(i + away) % 6]) for i in range(6) for away in (1, 2)]
+PAIRS = [(list(LAYOUTS)[i], list(LAYOUTS)[(i + away) % 10]) for i in range(10) for away in (1, 2)]
 STEPS, PACKS, TOKENS = 3, 4, 64
 
 
@@ -64,7 +68,7 @@ def trained(name, layout, optimizer_name, folder=None):
     family, architecture, *_ = MODELS[name]
     spec, device = get_spec(family), torch.device("cpu")
     config = ParallelConfig(**layout)
-    collectives.share_packs(config.tp)
+    collectives.share_packs(config.cp * config.tp)
     model = build_model(family, architecture).double()
     parallelize(model, spec.plan, device, precision="fp32", compile=False, config=config)
     model.init_weights(0, assign_full)

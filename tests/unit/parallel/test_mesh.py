@@ -11,15 +11,15 @@ from moltron.parallel.mesh import mesh_shape
     [(1, None, 8, (1, 8)), (2, None, 8, (2, 4)), (8, 1, 8, (8, 1)), (1, None, 1, (1, 1))],
 )
 def test_what_is_left_is_sharded(replicate, shard, world, shape):
-    assert mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shard), world) == (*shape, 1)
-    assert mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shard, tp=3), 3 * world) == (*shape, 3)
+    assert mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shard), world) == (*shape, 1, 1)
+    assert mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shard, cp=5, tp=3), 15 * world) == (*shape, 5, 3)
 
 
 @pytest.mark.parametrize(
     "replicate, shard, said",
     [
-        (3, None, "dp_replicate=3 × tp=1 does not make the 8 processes"),
-        (2, 2, "dp_replicate=2 × dp_shard=2 × tp=1 does not make the 8 processes"),
+        (3, None, "dp_replicate=3 does not make the 8 processes"),
+        (2, 2, "dp_replicate=2 × dp_shard=2 does not make the 8 processes"),
         (0, None, "must be at least 1"),
         (1, 0, "must be at least 1"),
     ],

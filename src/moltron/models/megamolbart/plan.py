@@ -4,4 +4,5 @@ from moltron.models.encoder_decoder import TENSOR
 from moltron.models.spec import ParallelPlan
 
 UNITS = ("encoder.layers.*", "decoder.layers.*")
-PLAN = ParallelPlan(units=UNITS, methods=("encode", "start", "step"), tensor=TENSOR)
+CONTEXT = ("encoder.layers.0", "encoder.norm")
+PLAN = ParallelPlan(units=UNITS, methods=("encode", "start", "step"), tensor=TENSOR, context=CONTEXT)
