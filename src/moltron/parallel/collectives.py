@@ -34,7 +34,10 @@ def init(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+            # torchrun keeps its store over restarts: without a name of its own a life finds the dead one's addresses
+            store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return local
