@@ -52,7 +52,7 @@ def test_same_bits_from_less_memory(precision, recompute, every, again):
     assert less < (0.8 if every == 2 else 0.6) * kept or recompute == "selective"
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_compiled_blocks_recompute_as_well(recompute):
     expected, *_ = gradients("none", "bf16", compile=True)
     got, *_ = gradients(recompute, "bf16", compile=True)
