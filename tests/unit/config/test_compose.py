@@ -1,6 +1,7 @@
 """Configuration: precedence, literal paths, typed keys, every problem at once."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -9,9 +10,11 @@ from moltron.config.compose import CONFIGS, ConfigError, dump_config, load_confi
 from moltron.config.schema import EmbedConfig, EvaluateConfig, PrepareConfig, TrainConfig
 from moltron.models.registry import architecture_problems, build_model
 from moltron.models.spec import num_parameters
+from moltron.train.setup import validate
 
 REQUIRED = ["data.path=store", "run_dir=run"]
 PRESETS = compose.preset_names()
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks/presets"
 # ../shared/spec/models.md §1, column "ours, V to 64"
 PARAMETERS = {
     "pretrain_esm2_8M": 7_522_304,
@@ -132,6 +135,12 @@ def test_all_problems_at_once():
 def test_unknown_preset_names_near_ones():
     with pytest.raises(ConfigError, match="pretrain_esm2_8M"):
         load_config(TrainConfig, REQUIRED, "pretrain_esm2_8")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.yaml")))
+def test_presets_of_the_benchmarks_are_whole(name):
+    config = load_config(TrainConfig, ["data.path=D", "run_dir=R"], name, [str(BENCHMARKS)])
+    assert validate(config, world=1) == ["data.path=D has no train.arrow: give a folder that `moltron prepare` wrote"]
 
 
 def test_own_presets_by_option_and_environment(tmp_path, monkeypatch):
