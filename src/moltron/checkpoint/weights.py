@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moltron.checkpoint.download import REPOSITORIES, fetch
-from moltron.checkpoint.manager import MANIFEST, find_good, load_tensors, read_manifest
+from moltron.checkpoint.manager import MANIFEST, find_good, load_tensors, problem_of, read_manifest
 from moltron.common.manifest import read_json, staged_folder, write_json
 from moltron.config.schema import ConvertConfig
 from moltron.models.encoder import MissingHead
@@ -81,6 +81,8 @@ def resolve(what: str | Path) -> tuple[str, Path]:
     if (path / "config.json").is_file():
         return ("moltron" if read_json(path / "config.json").get("model_type") == MODEL_TYPE else "huggingface"), path
     if (path / MANIFEST).is_file():
+        if problem := problem_of(path):
+            raise ValueError(f"Checkpoint refused: {problem}")
         return "checkpoint", path
     raise ValueError(
         f"{path}: neither a run folder (checkpoints/), nor a checkpoint ({MANIFEST}), nor a model folder (config.json)"

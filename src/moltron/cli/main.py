@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return command.run(config)
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
+    except (ValueError, OSError) as error:  # OSError: no such file, no permission, a full disk
         if os.environ.get("MOLTRON_DEBUG"):
             raise
         print(f"moltron {arguments.command}: {error}", file=sys.stderr)

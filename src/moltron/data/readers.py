@@ -80,7 +80,8 @@ def expand_inputs(path: str | Path) -> list[str]:
     if path == "-":
         return [path]
     if Path(path).is_dir():
-        files = sorted(str(p) for p in Path(path).iterdir() if p.is_file() and _suffix(p.name) in KNOWN)
+        known = [p for p in Path(path).iterdir() if p.is_file() and _suffix(p.name) in KNOWN]
+        files = sorted(str(p) for p in known if not p.name.endswith("rejects.tsv"))  # those are our own
         if not files:
             raise ValueError(f"{path} is a folder without any {', '.join(KNOWN)} file (or such a file compressed)")
         return files

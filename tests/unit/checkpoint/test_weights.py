@@ -489,6 +489,10 @@ def test_run_folder_takes_the_best_and_says_so(tmp_path, name, caplog):
     assert load_pretrained(run).source.endswith("step-00000003")
     convert(ConvertConfig(input=str(run), output=str(tmp_path / "out"), format="moltron"))
     assert_same_weights(load_pretrained(tmp_path / "out").model, latest.model)
+    shard = run / "checkpoints" / "step-00000003" / "shard-00001-of-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"Checkpoint refused: .*does not match its sha256"):
+        load_pretrained(run / "checkpoints" / "step-00000003")
 
 
 def test_checkpoints_that_do_not_say_or_fit(tmp_path):

@@ -88,6 +88,13 @@ def test_round_trip(tmp_path, name, format):
     assert_same_weights(loaded.model, model)
 
 
+def test_a_vocabulary_that_the_folder_would_not_be_read_with_is_refused(tmp_path):
+    family, architecture = next(model for model in MODELS.values() if model[1].get("architecture") == "t5")
+    model = scramble(build_model(family, {**architecture, "tokenizer": "prott5nv"}, "cpu"))
+    with pytest.raises(ValueError, match=r"ids of tokenizer prott5nv .*use format=moltron"):
+        save_pretrained(model, get_spec(family), model.config, tmp_path / "out", "huggingface")
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
 def test_from_and_to_transformers(tmp_path, monkeypatch, tied, sharded):

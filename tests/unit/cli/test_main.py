@@ -61,3 +61,12 @@ def test_python_dash_m_is_the_same_program_and_help_is_light():
         [sys.executable, "-m", "moltron", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert all(name in shown for name in cli.COMMANDS)
+
+
+def test_a_full_disk_is_one_line_too(monkeypatch, capsys):
+    def full(_):
+        raise OSError(28, "No space left on device", "out.npz")
+
+    monkeypatch.setitem(cli.COMMANDS, "embed", dataclasses.replace(cli.COMMANDS["embed"], run=full))
+    assert cli.main(["embed", "model=m", "input=i", "output=o.npz"]) == 1
+    assert capsys.readouterr().err.endswith("No space left on device: 'out.npz'\n")

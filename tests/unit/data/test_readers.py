@@ -185,7 +185,7 @@ def test_ranges(tmp_path, pattern, suffix, written):
 
 
 def test_single_files_folders_and_literal_brackets(tmp_path):
-    for name in ("b.fasta", "a.csv.zst", "README.md", "x[1..2].fasta"):
+    for name in ("b.fasta", "a.csv.zst", "README.md", "x[1..2].fasta", "out.npz.rejects.tsv"):
         (tmp_path / name).touch()
     assert expand_inputs(tmp_path / "b") == [str(tmp_path / "b.fasta")]
     assert expand_inputs(tmp_path / "x[1..2].fasta") == [str(tmp_path / "x[1..2].fasta")]
