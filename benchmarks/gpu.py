@@ -158,16 +158,20 @@ def embed(size: str, texts: list[bytes], device: torch.device) -> Callable[[], i
     return one
 
 
+def budgets(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Which sequences make a padded batch: sorted by length, at most `tokens` with padding to a multiple of 8."""
+    batches: list[list[int]] = [[]]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches[-1] and (len(batches[-1]) + 1) * -(-lengths[i] // 8) * 8 > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
 def padded_batches(ids: list[np.ndarray], tokens: int, device: torch.device) -> Iterator[tuple]:
-    """Sorted by length, padded to the longest of a batch, at most `tokens` with padding; (ids, mask, real tokens)."""
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    batch: list[np.ndarray] = []
-    for i in order:
-        if batch and (len(batch) + 1) * -(-len(ids[i]) // 8) * 8 > tokens:
-            yield pad(batch, device)
-            batch = []
-        batch.append(ids[i])
-    yield pad(batch, device)
+    """(ids, mask, real tokens)."""
+    for batch in budgets([len(one) for one in ids], tokens):
+        yield pad([ids[i] for i in batch], device)
 
 
 def pad(batch: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -213,13 +217,17 @@ def peer(
         chosen = (torch.rand(ids.shape, device=device) < 0.15) & mask
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = model(ids.masked_fill(chosen, 32), mask, labels=ids.masked_fill(~chosen, -100)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(model, optimizer, loss)
         return real
 
     return one
+
+
+def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def clean_up() -> None:

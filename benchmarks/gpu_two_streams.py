@@ -188,12 +188,8 @@ def unpacked(steps: list[Step]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def budgets(rows: list[Any], lengths: list[int], tokens: int) -> list[list[Any]]:
-    """Rows sorted by length, as many a batch as `tokens` allow with padding."""
-    batches: list[list[Any]] = [[]]
-    for i in sorted(range(len(rows)), key=lengths.__getitem__):
-        if batches[-1] and (len(batches[-1]) + 1) * -(-lengths[i] // 8) * 8 > tokens:
-            batches.append([])
-        batches[-1].append(rows[i])
+    """Rows in batches as gpu.py's, in random order."""
+    batches = [[rows[i] for i in batch] for batch in gpu.budgets(lengths, tokens)]
     np.random.default_rng(0).shuffle(batches)  # type: ignore[arg-type]
     return batches
 
@@ -216,10 +212,7 @@ def peer_train(name: str, steps: list[Step], device: torch.device, tokens: int, 
         with torch.autocast("cuda", dtype=torch.bfloat16):
             logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        gpu.update(model, optimizer, loss)
         return real
 
     return one

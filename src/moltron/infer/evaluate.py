@@ -52,11 +52,10 @@ class Evaluator:
         limits: Limits,
         packs: int | None = None,
         molecules: int = 0,
-        precision: str = "auto",
     ):
         """tokens: T, or (T, U), of a pack. packs: only so many, from the beginning of the split; None: all.
 
-        molecules: how many are also decoded, where the objective reconstructs what it reads. precision: the model's.
+        molecules: how many are also decoded, where the objective reconstructs what it reads.
         """
         self.device, self.packs = device, sys.maxsize if packs is None else packs
         self.objective = get_objective(objective, tokenizer, EVALUATION_SEED)
@@ -65,7 +64,7 @@ class Evaluator:
         self.loader = BatchLoader(plan, store, tokenizer, packs=world, rank=data_rank(), world=world, epochs=1, pin=pin)
         self.reconstruction = None
         if molecules and self.objective.reconstructs:
-            settings: Any = dict(tokens=tokens[0], limits=limits, molecules=molecules, precision=precision)
+            settings: Any = dict(tokens=tokens[0], limits=limits, molecules=molecules)
             self.reconstruction = Reconstruction(store, tokenizer, objective, device, **settings)
 
     @torch.no_grad()
@@ -114,9 +113,8 @@ def evaluate_file(config: EvaluateConfig) -> dict[str, float | int]:
         store = Store.open(path)
         if store.alphabet != model.tokenizer.alphabet:
             raise ValueError(f"{path} holds {store.alphabet}s, the model reads {model.tokenizer.alphabet}s")
-        sizes: Any = dict(tokens=(tokens, tokens), limits=limits)
-        generated: Any = dict(molecules=config.molecules, precision=model.encoder.precision)
-        evaluator = Evaluator(store, model.tokenizer, objective, device, **sizes, **generated)
+        sizes: Any = dict(tokens=(tokens, tokens), limits=limits, molecules=config.molecules)
+        evaluator = Evaluator(store, model.tokenizer, objective, device, **sizes)
         loss_sum, targets = evaluator.sums(model.module)
         shares = evaluator.generated(model.module) if targets else {}
         count = evaluator.loader.plan.num_items

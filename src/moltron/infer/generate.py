@@ -122,17 +122,17 @@ class Generator:
         results: list[list[Hypothesis]] = [[]] * len(rows)
         for batch in self._batches(lengths[rows], settings):
             memory, layout = self._memory(hiddens, lengths, rows[batch], keys[batch], settings)
-            decode = self._beams if settings.beams > 1 else self._single
-            for row, found in zip(batch.tolist(), decode(memory, layout, keys[batch], settings), strict=True):
+            decoded = self.decode_packed(memory, layout, keys[batch], settings)
+            for row, found in zip(batch.tolist(), decoded, strict=True):
                 results[row] = found
         return results
 
     def decode_packed(
-        self, memory_TD: Tensor, layout: Layout, num_rows: int, settings: Decoding
+        self, memory_TD: Tensor, layout: Layout, keys: np.ndarray, settings: Decoding
     ) -> list[list[Hypothesis]]:
-        """As `decode`, of the first sequences of a pack as `encode` left them, all in one batch."""
+        """As `decode`, of a pack as `encode` left it, all in one batch: its first sequences, as many as `keys`."""
         decode = self._beams if settings.beams > 1 else self._single
-        return decode(memory_TD, layout, np.arange(num_rows), settings)
+        return decode(memory_TD, layout, keys, settings)
 
     def limit(self, settings: Decoding) -> int:
         """C, tokens generated at most, the end included."""

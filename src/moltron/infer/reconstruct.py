@@ -42,10 +42,9 @@ class Reconstruction:
         tokens: int,
         limits: Limits,
         molecules: int,
-        precision: str,
     ):
         rdkit()  # or an error: now, not after the first thousand steps
-        self.tokenizer, self.device, self.molecules, self.precision = tokenizer, device, molecules, precision
+        self.tokenizer, self.device, self.molecules = tokenizer, device, molecules
         whole = replace(objective, mask_prob=0.0, encoder_smiles="canonical", decoder_smiles="same")
         whole_objective = get_objective(whole, tokenizer, EVALUATION_SEED)
         plan = BatchPlan.evaluation(store, whole_objective, (tokens, 2 * tokens), limits)
@@ -65,15 +64,14 @@ class Reconstruction:
             eos_id=self.tokenizer.eos_id,
             capacity=self.decoding.max_tokens or 1,
             device=self.device,
-            precision=self.precision,
             still=self._any_rank,
         )
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         for step in self.loader:
             batch = step.batches[0].to(self.device)
             memory_TD = model.encode(batch)  # type: ignore[operator]
-            num_rows = max(1, batch.num_sequences)  # without molecules, a filler keeps step with the other ranks
-            found = generator.decode_packed(memory_TD, batch.layout, num_rows, self.decoding)
+            keys = np.arange(max(1, batch.num_sequences))  # without molecules, a filler keeps step with the other ranks
+            found = generator.decode_packed(memory_TD, batch.layout, keys, self.decoding)
             compared = [self._compare(got[0], true) for got, true in zip(found, _true_ids(batch))]
             here = np.array(compared, dtype=np.float64).reshape(-1, len(sums)).sum(0)
             sums += all_reduce_sum(torch.from_numpy(here).to(self.device))

@@ -144,7 +144,6 @@ class Trainer:
                 limits=Limits(*limits),
                 packs=config.train.eval_packs,
                 molecules=config.train.eval_molecules,
-                precision=run.precision,
             )
         self.sinks = None
         if collectives.rank() == 0:

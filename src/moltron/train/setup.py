@@ -82,7 +82,7 @@ class Run:
     rate: schedule.Schedule
     manager: CheckpointManager
     meta: dict[str, Any] | None  # of the checkpoint that was restored
-    compiled: bool
+    compiled: bool  # the units; then packs can be recorded as CUDA graphs, too
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds, live: `model.<name>` and `optim.<kind>.<name>`."""

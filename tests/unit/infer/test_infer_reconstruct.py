@@ -51,7 +51,7 @@ def store(tmp_path):
 
 
 def shares(store, molecules, tokens=64):
-    settings = dict(tokens=tokens, limits=Limits(32, 32), molecules=molecules, precision="fp32")
+    settings = dict(tokens=tokens, limits=Limits(32, 32), molecules=molecules)
     objective = ObjectiveConfig(name="denoising", mask_prob=0.9)  # nothing is masked here all the same
     return Reconstruction(store, TOKENIZER, objective, torch.device("cpu"), **settings).shares(Copies())
 
