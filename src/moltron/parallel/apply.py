@@ -9,7 +9,7 @@ weights stay outside of the compiled graphs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -41,10 +41,18 @@ def _matches(name: str, glob: str) -> bool:
     return name.count(".") == glob.count(".") and fnmatchcase(name, glob)
 
 
-def compile_units(model: nn.Module, plan: ParallelPlan) -> None:
-    """torch.compile each unit in place: equal blocks share one compilation."""
+def compile_units(model: nn.Module, plan: ParallelPlan, around: bool = True) -> None:
+    """torch.compile each unit in place: equal blocks share one compilation. around: what is around them, too."""
     for unit in units(model, plan):
         unit.compile(fullgraph=True)
+    for name, module in model.named_modules():
+        if around and name in plan.compiled and next(module.parameters(), None) is not None:
+            module.forward = torch.compile(_own_frame(module.forward), fullgraph=True)  # type: ignore[method-assign]
+
+
+def _own_frame(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo passes over frames of torch.nn itself."""
+    return lambda *args: forward(*args)
 
 
 def parallelize(
@@ -69,7 +77,7 @@ def parallelize(
             leave_context(model, norm, mesh["cp"])
     recompute_units(units(model, plan), config.recompute, config.recompute_every)
     if compile:
-        compile_units(model, plan)
+        compile_units(model, plan, around=config.tp * config.cp == 1)
     methods = [name for name in plan.methods if hasattr(model, name)]
     if mesh is None and precision != "fp32":
         compute_in(model, DTYPES[precision], units(model, plan), ("forward", *methods))

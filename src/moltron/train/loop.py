@@ -99,6 +99,8 @@ class Trainer:
         peak = peak and peak * collectives.world_size()
         self.scaler = LossScaler(**meta.get("scaler", {})) if run.precision == "fp16" else None
         objective = get_objective(config.objective, run.tokenizer, config.train.seed)
+        if run.compiled:
+            objective.compile()
         decoder_tokens = meta.get("decoder_tokens", 0) if objective.streams == 2 else None
         self.meter = Meter(meta.get("tokens", 0), meta.get("seconds", 0.0), peak, decoder_tokens)
         self.train_step = TrainStep(
@@ -130,7 +132,7 @@ class Trainer:
             rank=collectives.data_rank(),
             world=collectives.data_world_size(),
             position=self.position,
-            workers=1 if run.device.type == "cuda" else 0,
+            workers=2 if run.device.type == "cuda" else 0,
             pin=run.device.type == "cuda",
         )
         self.evaluator = None

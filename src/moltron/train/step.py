@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from moltron.models.batch import PackedBatch
 from moltron.parallel.apply import set_gradient_sync
 from moltron.parallel.collectives import all_reduce_sum, data_world_size
-from moltron.train.graph import GraphedBackward
+from moltron.parallel.graphs import Graphed
 from moltron.train.optim import Optimizer
 
 # Of a step, over all ranks; tokens and padded are of the encoder, or of the one stream there is
@@ -142,7 +142,7 @@ class TrainStep:
         self.clip, self.scaler, self.skip_nonfinite, self.sync_each = clip, scaler, skip_nonfinite, sync_each
         self.waits = device.type != "cuda" or scaler is not None or skip_nonfinite  # a step is over when it returns
         self.event: Any = None
-        self.graphed = GraphedBackward(self._forward_backward, device) if graphs else None
+        self.graphed = Graphed(self._forward_backward, device) if graphs else None
 
     def __call__(self, step: int, batches: list[PackedBatch], targets: int, lr: float, stop: bool = False) -> Pending:
         """batches: this rank's packs. targets: how many this rank has. stop: this rank was asked to stop."""
@@ -178,14 +178,14 @@ class TrainStep:
     def _backward(self, batch: PackedBatch, scale: Tensor, last: bool) -> Tensor:
         """Gradients of one pack added up; returns its summed loss."""
         if self.graphed is not None:
-            return self.graphed(batch, scale)
+            return self.graphed(batch, scale)[0]
         set_gradient_sync(self.model, last or self.sync_each)
-        return self._forward_backward(batch.to(self.device, non_blocking=True), scale)
+        return self._forward_backward(batch.to(self.device, non_blocking=True), scale)[0]
 
-    def _forward_backward(self, batch: PackedBatch, scale: Tensor) -> Tensor:
+    def _forward_backward(self, batch: PackedBatch, scale: Tensor) -> tuple[Tensor]:
         loss_sum, _ = self.loss(self.model(batch), batch)
         (loss_sum * scale).backward()
-        return loss_sum.detach()
+        return (loss_sum.detach(),)
 
     def _norm(self) -> Tensor:
         """The norm of the whole gradient, over all ranks, the loss scale taken out; 0-dim on the device."""
