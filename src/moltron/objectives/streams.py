@@ -10,6 +10,7 @@ T tokens in a batch (U in the decoder's stream), B sequences, N records, S strea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moltron.config.schema import ObjectiveConfig
+from moltron.layers.compiled import compile_by_row
 from moltron.layers.losses import IGNORE, cross_entropy_sum
 from moltron.models.batch import Output, PackedBatch
 
@@ -48,11 +50,11 @@ class Objective:
         if problems:
             raise ValueError("; ".join(problems))
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
-        self._cross_entropy = cross_entropy_sum
+        self._cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = cross_entropy_sum
 
     def compile(self) -> None:
         """torch.compile what `loss` computes: one pass over the logits instead of eight."""
-        self._cross_entropy = torch.compile(cross_entropy_sum)
+        self._cross_entropy = compile_by_row(cross_entropy_sum, rows=2)
 
     @staticmethod
     def problems(config: ObjectiveConfig, tokenizer: Any) -> list[str]:

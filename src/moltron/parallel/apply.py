@@ -9,7 +9,7 @@ weights stay outside of the compiled graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from moltron.config.schema import ParallelConfig
+from moltron.layers.compiled import compile_by_row
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.collectives import world_size
 from moltron.parallel.context import enter_context, leave_context
@@ -47,12 +48,7 @@ def compile_units(model: nn.Module, plan: ParallelPlan, around: bool = True) -> 
         unit.compile(fullgraph=True)
     for name, module in model.named_modules():
         if around and name in plan.compiled and next(module.parameters(), None) is not None:
-            module.forward = torch.compile(_own_frame(module.forward), fullgraph=True)  # type: ignore[method-assign]
-
-
-def _own_frame(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Dynamo passes over frames of torch.nn itself."""
-    return lambda *args: forward(*args)
+            module.forward = compile_by_row(module.forward)  # type: ignore[method-assign]
 
 
 def parallelize(

@@ -160,3 +160,15 @@ def test_what_cannot_work_is_said(run, folder, model_folder, tmp_path):
         load_model(folder).embed(["CCO"], "cls")
     with pytest.raises(ValueError, match="has not two molecules"):
         run([], records=["CCO"], method="interpolate", overwrite=True)
+
+
+def test_without_libraries_to_draw_there_is_no_picture_but_a_word(tmp_path, monkeypatch, caplog):
+    """As in a slim container: `from rdkit.Chem import Draw` fails on libXrender.so.1."""
+    pytest.importorskip("rdkit", reason="RDKit is not installed")
+    monkeypatch.delitem(sys.modules, "rdkit.Chem.Draw", raising=False)
+    monkeypatch.delattr("rdkit.Chem.Draw", raising=False)
+    monkeypatch.setitem(sys.modules, "rdkit.Chem.Draw", None)
+    assert chemistry.canonical("OCC") == "CCO"
+    with caplog.at_level("WARNING", logger="moltron"):
+        chemistry.draw_grid(tmp_path / "grid.png", [("CCO", [])])
+    assert "no picture" in caplog.text and not (tmp_path / "grid.png").exists()
