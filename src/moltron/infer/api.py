@@ -214,6 +214,12 @@ class Model:
     def _cleaned(self, sequences: Sequence[str]) -> list[bytes]:
         if isinstance(sequences, str):
             raise ValueError("a list of sequences is wanted, not one string: [sequence]")
+        sequences = list(sequences)
+        for index, sequence in enumerate(sequences):
+            if not isinstance(sequence, str):
+                raise ValueError(f"sequence {index} is {sequence!r:.40}, a {type(sequence).__name__}: give a str")
+            if problem := self.tokenizer.foreign([sequence.encode()]):
+                raise ValueError(f"sequence {index} ({sequence[:40]}): {problem}")
         results = [self.tokenizer.clean(sequence.encode()) for sequence in sequences]
         if letters := sum((counts for _, counts in results), Counter()):
             log.warning("odd letters, by the rule of moltron.tokenizers: %s", dict(letters))

@@ -227,9 +227,7 @@ class _Job:
         print("id", "source", "line", "reason", sep="\t", file=rejects)
         ids, sequences, size = [], [], 0
         tokenizer = self.model.tokenizer
-        for record in read_records(
-            config.input, config.id_column, config.sequence_column, self.model.tokenizer.alphabet
-        ):
+        for record in read_records(config.input, config.id_column, config.sequence_column, tokenizer):
             if isinstance(record, Reject):
                 sequence, letters, reason = b"", {}, record.reason
             else:

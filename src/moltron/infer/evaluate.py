@@ -128,7 +128,7 @@ def _write_store(config: EvaluateConfig, tokenizer: Tokenizer, path: Path) -> Pa
     """All records of a FASTA, CSV or SMILES file, cleaned."""
     is_molecule, odd = tokenizer.alphabet == "molecule", 0
     with StoreWriter(path, tokenizer.alphabet, tokens=is_molecule) as writer:
-        for records in _batches(config, tokenizer.alphabet):
+        for records in _batches(config, tokenizer):
             ids, sequences = [], []
             for record in records:
                 sequence, letters = (b"", {}) if isinstance(record, Reject) else tokenizer.clean(record.sequence)
@@ -144,7 +144,7 @@ def _write_store(config: EvaluateConfig, tokenizer: Tokenizer, path: Path) -> Pa
     return path
 
 
-def _batches(config: EvaluateConfig, alphabet: str) -> Iterator[list[Record | Reject]]:
-    records = read_records(config.input, config.id_column, config.sequence_column, alphabet)
+def _batches(config: EvaluateConfig, tokenizer: Tokenizer) -> Iterator[list[Record | Reject]]:
+    records = read_records(config.input, config.id_column, config.sequence_column, tokenizer)
     while some := list(islice(records, 10_000)):
         yield some

@@ -11,6 +11,7 @@ import pytest
 import zstandard
 
 from moltron.data.readers import Record, Reject, Source, expand_inputs, read_records
+from moltron.tokenizers import get_tokenizer
 
 PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.ZstdCompressor().compress}
 
@@ -123,7 +124,10 @@ def test_csv_with_quotes_and_line_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("header", "columns", "expected"),
     [
-        ("name,seq,x", {}, ("1", b"2")),  # v1: columns 0 and 1
+        ("name,seq,x", {"sequence_column": "seq"}, ("1", b"2")),
+        ("accession,organism,protein_sequence", {}, ("1", b"3")),
+        ("canonical_smiles,name,smiles_id", {}, ("3", b"1")),
+        ("seq,name", {"id_column": "name"}, ("2", b"1")),
         ("x,sequence,id", {}, ("3", b"2")),
         ("record_id,record_name,sequence", {}, ("1", b"3")),  # v1's UniRef50 shards
         ("a,b,c", {"id_column": "c", "sequence_column": "a"}, ("3", b"1")),
@@ -142,8 +146,14 @@ def test_columns(tmp_path, header, columns, expected):
     ("text", "match"),
     [
         ("", "is empty"),
-        ("only\nx\n", "has one column"),
-        ("a,MKTAYIAKQRQIS\nb,MKT\n", "line 1: a sequence where the names of the columns"),
+        ("only\nx\n", r"none of its columns \(only\) is called sequence or smiles: set sequence_column="),
+        ("accession,organism,seq\nA1,MALE,MKTAYIAK\n", r"none of its columns \(accession, organism, seq\) is called"),
+        ("smiles_in,smiles_out\nC,O\n", r"more than one of its columns \(smiles_in, smiles_out\) is called"),
+        ("a,MKTAYIAKQRQIS\nb,MKT\n", "line 1: a record .* where the names of the columns"),
+        ("P1,MKTAYIAK\nP2,MKT\n", r"line 1: a record \(P1, MKTAYIAK\) where the names"),
+        ("p1,mktayiakqrqis\np2,mkt\n", "line 1: a record"),
+        ("m1,CC(=O)Nc1ccccc1\nm2,CCO\n", "line 1: a record"),
+        ("m1,c1ccccc1\nm2,CCO\n", "line 1: a record"),
         ('id,sequence\na,MKT\nb,"MKT\nc,MKT\n', "line 3: not a table row"),
     ],
 )
@@ -157,10 +167,39 @@ def test_a_column_that_is_not_there(tmp_path):
         read(tmp_path / "a.csv", "id,sequence\na,M\n", sequence_column="seq")
 
 
+@pytest.mark.parametrize("header", ["name,seq", "Entry,Protein", "ID,SEQ", "ACCESSION,PEPTIDE", "x,residues"])
+def test_of_two_columns_the_second_has_the_sequences_and_the_log_says_so(tmp_path, header, caplog):
+    caplog.set_level("INFO", "moltron")
+    assert short(read(tmp_path / "a.csv", f"{header}\np1,MKT\n")) == [("p1", b"MKT", 2)]
+    first, second = header.split(",")
+    assert f"a.csv: ids are read from column {first}, sequences from {second}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "tokenizer", "match"),
+    [
+        ("a.fasta", ">a\nMKTAYIAK\n", "megamolbart", "a.fasta holds proteins, molecules are wanted"),
+        ("m.smi", "CCO\n", "esm2", "m.smi holds molecules, proteins are wanted"),
+        ("m.csv", "name,canonical_smiles\na,CCO\n", "esm2", "m.csv holds molecules, proteins are wanted"),
+        ("m.csv", "id,sequence\na,CC(=O)Nc1ccc(O)cc1\n", "esm2", "line 2 on: 39% of the letters .* in a protein"),
+        ("a.csv", "id,sequence\na,MKTAYIAKQR\n", "megamolbart", "line 2 on: 90% of the letters .* in a molecule"),
+    ],
+)
+def test_another_alphabet_is_an_error(tmp_path, name, content, tokenizer, match):
+    with pytest.raises(ValueError, match=match):
+        read(tmp_path / name, content, tokenizer=get_tokenizer(tokenizer))
+
+
+def test_a_table_that_does_not_say_serves_both_alphabets_and_some_odd_letters_do_no_harm(tmp_path):
+    for tokenizer, sequence in (("esm2", "MKT?-aX*JK1"), ("megamolbart", "CC(=O)[Uuo]N")):
+        items = read(tmp_path / "a.csv", f"id,sequence\na,{sequence}\n", tokenizer=get_tokenizer(tokenizer))
+        assert short(items) == [("a", sequence.encode(), 2)]
+
+
 def test_smiles_files(tmp_path):
-    items = read(tmp_path / "m.smi", "smiles name\nCCO ethanol\n\nC1CC1\nN  two words \n")
+    items = read(tmp_path / "m.smi", "canonical_smiles name\nCCO ethanol\n\nC1CC1\nN  two words \n")
     assert short(items) == [("ethanol", b"CCO", 2), ("m:4", b"C1CC1", 4), ("two words", b"N", 5)]
-    kinds = {"m.smi": "molecule", "a.csv": "molecule", "b.csv": "protein"}
+    kinds = {"m.smi": "molecule", "a.csv": "molecule", "b.csv": None}
     (tmp_path / "a.csv").write_text("id,SMILES\na,C\n")
     (tmp_path / "b.csv").write_text("id,sequence\na,C\n")
     for name, kind in kinds.items():

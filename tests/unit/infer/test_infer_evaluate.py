@@ -92,7 +92,7 @@ def test_the_evaluator_leaves_the_model_as_it_was_and_reads_as_many_packs_as_it_
 
 def test_molecules_are_refused_by_a_model_of_proteins(model_folder, tmp_path):
     (tmp_path / "in.smi").write_text("CCO ethanol\n")
-    with pytest.raises(ValueError, match=r"in\.smi holds molecules \(SMILES\), proteins are wanted"):
+    with pytest.raises(ValueError, match=r"in\.smi holds molecules, proteins are wanted"):
         evaluate_file(EvaluateConfig(model_folder, str(tmp_path / "in.smi")))
     with pytest.raises(ValueError, match=r"in\.smi holds molecules"):
         embed(EmbedConfig(model_folder, str(tmp_path / "in.smi"), str(tmp_path / "out.npz")))

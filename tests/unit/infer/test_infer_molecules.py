@@ -158,5 +158,8 @@ def test_what_cannot_work_is_said(run, folder, model_folder, tmp_path):
         load_model(model_folder).decode([np.zeros((3, 48), np.float32)])
     with pytest.raises(ValueError, match="puts no token before a sequence"):
         load_model(folder).embed(["CCO"], "cls")
+    for sequence in ("not a smiles", "MKTAYIAKQRQISFVKSHFSRQ"):
+        with pytest.raises(ValueError, match=rf"sequence 1 \({sequence}\): \d\d% of the letters .* in a molecule"):
+            load_model(folder).embed(["CCO", sequence])
     with pytest.raises(ValueError, match="has not two molecules"):
         run([], records=["CCO"], method="interpolate", overwrite=True)
