@@ -28,6 +28,7 @@ import torch
 
 from moltron import __version__
 from moltron.checkpoint.weights import load_pretrained
+from moltron.common.lock import locked
 from moltron.common.logging import Progress, get_logger
 from moltron.common.manifest import read_json, write_json
 from moltron.config.schema import EmbedConfig
@@ -75,18 +76,19 @@ def embed(config: EmbedConfig) -> EmbedReport:
         raise ValueError(f"output={output} exists: choose another one or set overwrite=true")
     job = _Job(config, device, folder)
     collectives.barrier()  # all have looked
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        job.run()
+    with locked(lock := folder / ".lock", collectives.rank(), collectives.broadcast_object):
+        try:
+            job.run()
+            collectives.barrier()
+            if collectives.rank() == 0:
+                _assemble(config, job, marker)
+        finally:
+            if collectives.rank() == 0:
+                for file in (job.rejects, lock):
+                    file.unlink(missing_ok=True)
+                with suppress(OSError):
+                    folder.rmdir()  # if nothing is in it
         collectives.barrier()
-        if collectives.rank() == 0:
-            _assemble(config, job, marker)
-    finally:
-        if collectives.rank() == 0:
-            job.rejects.unlink(missing_ok=True)
-            with suppress(OSError):
-                folder.rmdir()  # if nothing is in it
-    collectives.barrier()
     return job.report
 
 
