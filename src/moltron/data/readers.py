@@ -34,6 +34,7 @@ FASTA = (".fasta", ".fa", ".faa", ".fas")
 TABLES = (".csv", ".tsv", ".txt")
 SMILES = (".smi", ".smiles")
 KNOWN = (*TABLES, *FASTA, *SMILES)
+GENERATED = "id,input,sample,smiles,valid"  # how a table of `moltron generate` begins
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _FRAMES: dict[bytes, Callable[[], Any]] = {  # by the first bytes of a file
     b"\x1f\x8b": lambda: isal_zlib.decompressobj(31),  # 31: gzip's header and checksum
@@ -107,11 +108,17 @@ def expand_inputs(path: str | Path) -> list[str]:
     if path == "-":
         return [path]
     if Path(path).is_dir():
-        known = [p for p in Path(path).iterdir() if p.is_file() and _suffix(p.name) in KNOWN]
-        files = sorted(str(p) for p in known if not p.name.endswith("rejects.tsv"))  # those are our own
-        if not files:
+        files = sorted(str(p) for p in Path(path).iterdir() if p.is_file() and _suffix(p.name) in KNOWN)
+        ours = [file for file in files if _is_ours(file)]
+        if ours:
+            log.info("%s: not read from this folder, for a command of moltron wrote them: %s", path, ", ".join(ours))
+        if ours == files:
+            if any(Path(path).glob("*.arrow")):
+                raise ValueError(
+                    f"{path} is a prepared store: give what it was made of, or to evaluate {path}/val.arrow"
+                )
             raise ValueError(f"{path} is a folder without any {', '.join(KNOWN)} file (or such a file compressed)")
-        return files
+        return [file for file in files if file not in ours]
     names = [path] if Path(path).exists() else _fill_ranges(path)
     found = {name: _with_extension(name) for name in names}
     missing = [name for name, file in found.items() if file is None]
@@ -120,6 +127,12 @@ def expand_inputs(path: str | Path) -> list[str]:
         of = f"{len(missing)} of the {len(names)} files of {path} are missing" if len(names) > 1 else "no such file"
         raise ValueError(f"{of}: {which} (also tried: .csv, .fasta and their like, compressed or not)")
     return [file for file in found.values() if file is not None]
+
+
+def _is_ours(file: str) -> bool:
+    """Whether it lists rejects, or is a table that `moltron generate` wrote."""
+    with open(file, "rb") as content:
+        return file.endswith("rejects.tsv") or content.read(len(GENERATED)) == GENERATED.encode()
 
 
 def _fill_ranges(path: str) -> list[str]:
@@ -247,12 +260,18 @@ class Source:
         self._file.close()
 
     def _find_format(self, binary: io.BufferedReader[_File]) -> str:
+        with self._damage_is_named():
+            start = binary.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
+        if start.startswith(b"ARROW1"):
+            raise ValueError(
+                f"{self.path} is a split of a prepared store, which only evaluate reads: give what it was made of"
+            )
+        if b"\0" in start:
+            raise ValueError(f"{self.path} is no text in UTF-8: give FASTA, a table (.csv, .tsv) or .smi")
         suffix = _suffix(self.path)
         for name, suffixes in (("fasta", FASTA), ("table", TABLES), ("smiles", SMILES)):
             if suffix in suffixes:
                 return name
-        with self._damage_is_named():
-            start = binary.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
         if start.startswith(b">"):
             return "fasta"
         if b"," in start or b"\t" in start:

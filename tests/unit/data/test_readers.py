@@ -11,6 +11,7 @@ import pytest
 import zstandard
 
 from moltron.data.readers import Record, Reject, Source, expand_inputs, read_records
+from moltron.infer.molecules import COLUMNS
 from moltron.tokenizers import get_tokenizer
 
 PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.ZstdCompressor().compress}
@@ -237,9 +238,23 @@ def test_single_files_folders_and_literal_brackets(tmp_path):
         expand_inputs(tmp_path / "x[9..1]")
     with pytest.raises(ValueError, match=r"no such file: .*nothing"):
         expand_inputs(tmp_path / "nothing")
+    (tmp_path / "store").mkdir()
+    for name in ("train.arrow", "rejects.tsv", "lengths.png"):
+        (tmp_path / "store" / name).touch()
+    with pytest.raises(ValueError, match=r"store is a prepared store: give what it was made of"):
+        expand_inputs(tmp_path / "store")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="folder without any"):
         expand_inputs(tmp_path / "empty")
+
+
+def test_generated_molecules_are_read_by_name_not_with_a_folder(tmp_path, caplog):
+    caplog.set_level("INFO", "moltron")
+    (tmp_path / "in.csv").write_text("id,smiles\na,CCO\n")
+    (tmp_path / "new.csv").write_text(f"{','.join(COLUMNS)}\na,CCO,0,CCN,1,-1.5,0.4,0.5,1\n")
+    assert expand_inputs(tmp_path) == [str(tmp_path / "in.csv")]
+    assert "a command of moltron wrote them" in caplog.text and "new.csv" in caplog.text
+    assert [(item.id, item.sequence) for item in read_records(tmp_path / "new.csv")] == [("a", b"CCN")]
 
 
 @pytest.mark.parametrize("content", [b">a\nMK\n", gzip.compress(b"id,sequence\na,MK\n")], ids=["fasta", "csv.gz"])
@@ -255,6 +270,12 @@ def test_standard_input(monkeypatch, content):
 def test_unknown_format_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="neither FASTA"):
         read(tmp_path / "a.bin", "hello\n")
+    with pytest.raises(ValueError, match=r"curve\.png is no text in UTF-8: give FASTA"):
+        read(tmp_path / "curve.png", b"\x89PNG\r\n\x1a\n\0\0,\t")
+    with pytest.raises(ValueError, match=r"a\.csv is no text in UTF-8"):
+        read(tmp_path / "a.csv", "id,sequence\na,MKT\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"val\.arrow is a split of a prepared store, which only evaluate reads"):
+        read(tmp_path / "val.arrow", b"ARROW1\0\0")
 
 
 def test_reject_has_what_a_user_needs(tmp_path):

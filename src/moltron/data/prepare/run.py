@@ -60,6 +60,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         with progress, closing(Spool(stage / "spool.arrow", config, rejects, progress, workers)) as spool:
             for role, named in files.items():
                 spool.read(named, role)
+        if not spool.num_read:
+            raise ValueError(f"{config.input} holds no records")
         if not len(spool):
             raise ValueError(
                 f"{config.input}: none of its {spool.num_read} records can be used: {dict(rejects.counts)}"
