@@ -249,7 +249,7 @@ def check_config(config: TrainConfig) -> Pretrained | None:
     """Find the model of a run to resume, or of `init`, which is returned. Raises ConfigError with all problems."""
     folder, pretrained = Path(config.run_dir), None
     if not config.model and (folder / "config.yaml").is_file():
-        config.model = load_yaml(TrainConfig, (folder / "config.yaml").read_text(encoding="utf-8")).model
+        config.model = load_yaml(TrainConfig, folder / "config.yaml").model
     if not config.model and config.init is not None:
         pretrained = load_pretrained(config.init)
         config.model = {"family": pretrained.spec.name, **dataclasses.asdict(pretrained.config)}
@@ -349,7 +349,7 @@ def _check_same_run(config: TrainConfig, folder: Path, stores: dict[str, Store])
         if list_checkpoints(folder / "checkpoints"):
             raise ValueError(f"{folder} has checkpoints but no config.yaml: restore it, or choose another run_dir")
         return
-    before = load_yaml(TrainConfig, saved.read_text(encoding="utf-8"))
+    before = load_yaml(TrainConfig, saved)
     found = differences(before, config)
     steps, sched = (before.train.max_steps, config.train.max_steps), config.optim.schedule
     if steps[0] != steps[1] and sched.decay_steps is None and sched.name in schedule.DECAYING:
