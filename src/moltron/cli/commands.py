@@ -42,14 +42,20 @@ def train(config: TrainConfig) -> int:
 
 
 def embed(config: EmbedConfig) -> int:
+    from moltron.common.logging import setup_logging
     from moltron.infer.bulk import embed
+    from moltron.parallel.collectives import rank
 
+    setup_logging(rank())
     return 3 if embed(config).rejected else 0
 
 
 def evaluate(config: EvaluateConfig) -> int:
+    from moltron.common.logging import setup_logging
     from moltron.infer.evaluate import evaluate_file
+    from moltron.parallel.collectives import rank
 
+    setup_logging(rank())
     json.dump(evaluate_file(config), sys.stdout)
     print()
     return 0

@@ -33,9 +33,9 @@ from moltron.common.logging import Progress, get_logger
 from moltron.common.manifest import read_json, write_json
 from moltron.config.schema import EmbedConfig
 from moltron.data.readers import Reject, read_records
-from moltron.infer.api import Model
+from moltron.infer.api import DEVICES, Model
 from moltron.infer.engine import POOLINGS, Wanted, ahead
-from moltron.infer.windows import POLICIES
+from moltron.infer.windows import POLICIES, default_overlap
 from moltron.infer.writers import FORMATS, Column, Rows, is_done, write_output, write_shard
 from moltron.parallel import collectives
 
@@ -46,6 +46,7 @@ CHOICES = {
     "pooling": POOLINGS,
     "long": POLICIES,
     "dtype": ("float32", "float16"),
+    "device": DEVICES,
 }
 
 
@@ -136,8 +137,9 @@ class _Job:
         self.model = model = Model(load_pretrained(config.model), device, config.precision, config.tokens)
         self.layers = tuple(dict.fromkeys(model.layer_numbers(config.layers)))
         self.limit = model.max_residues(config.max_length)
-        if config.long == "window" and not 0 <= config.overlap < self.limit:
-            raise ValueError(f"overlap={config.overlap} must be less than the {self.limit} residues of a window")
+        self.overlap = default_overlap(self.limit) if config.overlap is None else config.overlap
+        if config.long == "window" and not 0 <= self.overlap < self.limit:
+            raise ValueError(f"overlap={self.overlap} must be less than the {self.limit} residues of a window")
         embeddings, hiddens, logits = (name in config.outputs for name in CHOICES["outputs"])
         pooling, dtype = config.pooling if embeddings else None, getattr(torch, config.dtype)
         self.wanted = Wanted(self.layers if embeddings or hiddens else (), pooling, hiddens, logits, dtype)
@@ -159,7 +161,7 @@ class _Job:
             "layers": list(self.layers),
             "long": config.long,
             "max_residues": self.limit,
-            "overlap": config.overlap if config.long == "window" else None,
+            "overlap": self.overlap if config.long == "window" else None,
             "dtype": config.dtype,
         }
         self.report = EmbedReport()
@@ -211,7 +213,7 @@ class _Job:
         first: dict[bytes, int] = {}
         which = np.array([first.setdefault(sequence, len(first)) for sequence in sequences])
         c = self.config
-        results = self.model.run(list(first), self.wanted, long=c.long, max_length=c.max_length, overlap=c.overlap)
+        results = self.model.run(list(first), self.wanted, long=c.long, max_length=c.max_length, overlap=self.overlap)
         records: dict[str, Any] = {"id": ids, "sequence": [sequence.decode("ascii") for sequence in sequences]}
         for layer, vectors in results.pooled.items():
             records[self._name("embeddings", layer)] = vectors[which]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from moltron.checkpoint.weights import load_pretrained
 from moltron.common.logging import Progress, get_logger, setup_logging
@@ -27,7 +26,7 @@ from moltron.common.manifest import write_json
 from moltron.config.schema import GenerateConfig
 from moltron.data.readers import Reject, read_records
 from moltron.data.store import Store
-from moltron.infer.api import Model
+from moltron.infer.api import Model, find_device
 from moltron.infer.chemistry import SEEDS, Judged, Judges, canonical, draw_grid, judge, molecule
 from moltron.infer.generate import Hypothesis
 from moltron.infer.sampling import METHODS, Sampling, interpolate
@@ -57,11 +56,12 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     setup_logging()
     if (output := Path(config.output)).exists() and not config.overwrite:
         raise ValueError(f"output={output} exists: choose another one or set overwrite=true")
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(config.device)
     model = Model(load_pretrained(config.model), device, config.precision)
     if model.tokenizer.alphabet != "molecule":
         raise ValueError(f"model={config.model} is of {model.tokenizer.alphabet}s: `generate` makes molecules")
     _ = model.generator  # raises where there is no decoder
+    output.parent.mkdir(parents=True, exist_ok=True)
     tally, rejected = Tally(), 0
     partial, rejects = (output.with_name(f"{output.name}.{name}") for name in ("partial", "rejects.tsv"))
     with ExitStack() as stack:
@@ -91,7 +91,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     else:
         log.warning("%d records were rejected, see %s", rejected, rejects)
     settings = {key: value for key, value in asdict(config).items() if key not in ("output", "overwrite")}
-    report = {**tally.report(), "rejected": rejected, "reference": config.reference or "the input", **settings}
+    report = {**tally.report(), "rejected": rejected, **settings, "reference": config.reference or "the input"}
     write_json(output.with_suffix(".json"), report)
     draw_grid(output.with_suffix(".png"), tally.shown)
     os.replace(partial, output)

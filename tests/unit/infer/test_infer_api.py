@@ -80,6 +80,15 @@ def test_what_cannot_be_done_is_said(model, call, message):
         call(model)
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "device=gpu is unknown; there are: auto, cpu, cuda"), ("cpu:7", "is unknown"), ("cuda:99", "torch sees")],
+)
+def test_a_device_that_is_not_there_is_said(model_folder, device, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(model_folder, device=device)
+
+
 def test_importing_moltron_does_not_import_torch():
     code = "import sys, moltron; assert 'torch' not in sys.modules; assert moltron.__version__"
     subprocess.run([sys.executable, "-c", code], check=True)
