@@ -29,9 +29,9 @@ def prepare(config: PrepareConfig) -> int:
         unit = "tokens" if "tokens" in split else "residues"
         clusters = f" in {split['clusters']:,} clusters" if "clusters" in split else ""
         log.info("%s: %s records%s, %s %s", name, f"{split['records']:,}", clusters, f"{split[unit]:,}", unit)
-    for what in ("cleaning", "rejects"):
-        if manifest[what]:
-            log.info("%s: %s", what, ", ".join(f"{count:,} {name}" for name, count in manifest[what].items()))
+    for what in ("cleaning", "clusters", "rejects"):
+        if counts := [f"{count:,} {name.replace('_', ' ')}" for name, count in manifest[what].items() if count]:
+            log.info("%s: %s", what, ", ".join(counts))
     return 0
 
 

@@ -88,6 +88,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         }
         if table is not None:
             manifest["clusters"]["records_in_no_cluster"] = table.num_alone  # each became a cluster of its own
+            manifest["clusters"]["members_not_in_input"] = table.num_absent
         elif mapping is not None:
             manifest["clusters"]["clusters_not_in_input"] = mapping.num_absent
         draw_lengths(stage / "lengths.png", statistics)
