@@ -3,7 +3,8 @@
     with locked(run / ".lock", rank, agree):    rank 0 locks the file, `agree` tells the others what came of it
 
 The kernel keeps the lock (POSIX, fcntl.lockf): it ends with the process, kill -9 included, and unlike flock's it is not
-handed on to forked data workers, which may live seconds longer. Knows nothing of what is in the folder.
+handed on to forked data workers, which may live seconds longer. It keeps processes apart, not threads of one. Knows
+nothing of what is in the folder.
 """
 
 from __future__ import annotations

@@ -166,7 +166,8 @@ def _compose(config_name: str | None, choices: list[str], folders: list[Path], p
             chosen = [choice if choice.partition("=")[0] in default else f"+{choice}" for choice in choices]
             composed = compose(config_name, overrides=[search, *chosen])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        problems.append(f"--config-name {config_name}: {' '.join(str(error).split())}")
+        where = f"--config-name {config_name}: " if config_name else ""
+        problems.append(where + " ".join(str(error).split()))
         return empty
     return composed
 

@@ -133,8 +133,8 @@ class Model:
             hiddens = [h[np.asarray(m, dtype=bool)] for h, m in zip(hiddens, mask, strict=True)]
         width = self.config.hidden_size
         for index, h in enumerate(hiddens):
-            if h.ndim != 2 or h.shape[1] != width:
-                raise ValueError(f"hidden states {index} have shape {h.shape}, the model's are (tokens, {width})")
+            if np.ndim(h) != 2 or np.shape(h)[1] != width:
+                raise ValueError(f"hidden states {index} have shape {np.shape(h)}, the model's are (tokens, {width})")
         return [self._text(found[0]) for found in self.generator.decode(list(hiddens), Decoding(**how))]
 
     def sample(self, sequences: Sequence[str], method: str = METHODS[0], **how: Any) -> list[list[str]]:

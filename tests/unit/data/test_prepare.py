@@ -389,6 +389,12 @@ def test_settings_that_cannot_be(tmp_path, options, match):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.fasta"]
 
 
+def test_no_records_at_all(tmp_path):
+    (tmp_path / "empty.smi").touch()
+    with pytest.raises(ValueError, match=r"empty\.smi holds no records"):
+        prepare(PrepareConfig(input=str(tmp_path / "empty.smi"), output=str(tmp_path / "out")))
+
+
 def test_existing_output_and_mixed_kinds(tmp_path):
     run(tmp_path, made_up(3))
     with pytest.raises(ValueError, match="overwrite=true"):
