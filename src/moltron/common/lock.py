@@ -1,10 +1,10 @@
-"""One command at a time in a folder that it fills: who comes second is told who is there.
+"""One command at a time for an output: who comes second is told who is there.
 
     with locked(run / ".lock", rank, agree):    rank 0 locks the file, `agree` tells the others what came of it
 
 The kernel keeps the lock (POSIX, fcntl.lockf): it ends with the process, kill -9 included, and unlike flock's it is not
 handed on to forked data workers, which may live seconds longer. It keeps processes apart, not threads of one. Knows
-nothing of what is in the folder.
+nothing of outputs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -24,24 +24,30 @@ log = get_logger(__name__)
 
 @contextmanager
 def locked(path: Path, rank: int, agree: Callable[[str | None], str | None]) -> Iterator[None]:
-    """Hold `path`, made if need be with its folder. agree: rank 0's value on every rank.
+    """Hold `path`, made with its folder and removed at the end, the folder too if nothing has come into it.
 
-    Raises: ValueError on every rank where another process holds it.
+    agree: rank 0's value on every rank. Raises: ValueError on every rank where another process holds it.
     """
-    file = None
+    file, is_new, problem = None, not path.parent.exists(), None
     if rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        problem = _lock(file, path)
     try:
-        if problem := agree(_lock(file) if file else None):
-            raise ValueError(f"{path.parent} is in use by {problem}: wait for its end, or choose another folder")
+        if said := agree(problem):
+            raise ValueError(f"{path} is held by {said}: wait for its end, or choose another place for the output")
         yield
     finally:
         if file is not None:
-            file.close()
+            if problem is None:
+                path.unlink(missing_ok=True)
+            file.close()  # before the folder goes: NFS keeps open files in it
+            if is_new:
+                with suppress(OSError):
+                    path.parent.rmdir()
 
 
-def _lock(file: TextIO) -> str | None:
+def _lock(file: TextIO, path: Path) -> str | None:
     """Who has the file; None: now we do."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,6 +56,8 @@ def _lock(file: TextIO) -> str | None:
         return file.read().strip() or "another process"
     except OSError as error:
         log.warning("%s: this file system has no locks (%s): see to it that only one command uses it", file.name, error)
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        return "a process that is just ending"  # it has removed what we opened
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -77,7 +77,9 @@ def embed(config: EmbedConfig) -> EmbedReport:
         raise ValueError(f"output={output} exists: choose another one or set overwrite=true")
     job = _Job(config, device, folder)
     collectives.barrier()  # all have looked
-    with locked(lock := folder / ".lock", collectives.rank(), collectives.broadcast_object):
+    lock = output.with_name(output.name + ".lock")
+    with locked(lock, collectives.rank(), collectives.broadcast_object):
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             job.run()
             collectives.barrier()
@@ -85,8 +87,7 @@ def embed(config: EmbedConfig) -> EmbedReport:
                 _assemble(config, job, marker)
         finally:
             if collectives.rank() == 0:
-                for file in (job.rejects, lock):
-                    file.unlink(missing_ok=True)
+                job.rejects.unlink(missing_ok=True)
                 with suppress(OSError):
                     folder.rmdir()  # if nothing is in it
         collectives.barrier()

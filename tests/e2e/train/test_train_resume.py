@@ -67,7 +67,7 @@ def test_a_second_command_is_kept_out_of_a_run_that_goes_on(tmp_path, arguments,
     run_dir = tmp_path / "run"
     with subprocess.Popen(with_signal(7, signal.SIGSTOP, arguments(run_dir)), stderr=subprocess.DEVNULL) as first:
         os.waitpid(first.pid, os.WUNTRACED)  # it stands still
-        with pytest.raises(ValueError, match=rf"run is in use by process {first.pid} on "):
+        with pytest.raises(ValueError, match=rf"run/.lock is held by process {first.pid} on "):
             train(tiny_config(run_dir))
         first.kill()
     assert train(tiny_config(run_dir)).step == 20

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from moltron.common.lock import locked
+from moltron.common.lock import _lock, locked
 
 HOLD = """
 import os, sys, time
@@ -28,7 +28,7 @@ def test_the_second_is_told_and_kill_9_releases(tmp_path):
         [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, start_new_session=True
     ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        told = rf"run is in use by process {holder.pid} on .*: wait for its end"
+        told = rf"run/.lock is held by process {holder.pid} on .*: wait for its end"
         with pytest.raises(ValueError, match=told), locked(path, 0, lambda x: x):
             pass
         holder.kill()
@@ -39,8 +39,25 @@ def test_the_second_is_told_and_kill_9_releases(tmp_path):
             os.killpg(holder.pid, signal.SIGKILL)  # the child
 
 
+def test_nothing_is_left_but_what_was_there(tmp_path):
+    with locked(tmp_path / "new" / ".lock", 0, lambda x: x):
+        pass
+    assert not (tmp_path / "new").exists()
+    with locked(tmp_path / ".lock", 0, lambda x: x):
+        (tmp_path / "result").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_lock_that_its_holder_has_removed_is_none(tmp_path):
+    with open(tmp_path / ".lock", "a+") as file:
+        (tmp_path / ".lock").unlink()
+        assert _lock(file, tmp_path / ".lock") == "a process that is just ending"
+        (tmp_path / ".lock").touch()
+        assert _lock(file, tmp_path / ".lock") == "a process that is just ending"
+
+
 def test_rank_0_locks_and_all_are_told(tmp_path):
     with locked(tmp_path / "x" / ".lock", 1, lambda x: x):
         assert not (tmp_path / "x").exists()
-    with pytest.raises(ValueError, match="in use by process 7"), locked(tmp_path / ".lock", 1, lambda _: "process 7"):
+    with pytest.raises(ValueError, match="held by process 7"), locked(tmp_path / ".lock", 1, lambda _: "process 7"):
         pass

@@ -295,7 +295,7 @@ def test_killed_in_mid_run_it_continues(run, model_folder, fasta, tmp_path):
     while process.poll() is None and len(list(shards.glob("*.parquet"))) < 5:
         time.sleep(0.005)
     process.send_signal(signal.SIGSTOP)
-    with pytest.raises(ValueError, match=f"killed.npz.shards is in use by process {process.pid}"):
+    with pytest.raises(ValueError, match=f"killed.npz.lock is held by process {process.pid}"):
         run(records, "killed.npz", **arguments)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
