@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from moltron.checkpoint.manager import CheckpointError
+from moltron.common.lock import locked
 from moltron.common.logging import Progress, get_logger, setup_logging
 from moltron.common.manifest import write_json
 from moltron.config.schema import TrainConfig
@@ -29,7 +30,7 @@ from moltron.infer.evaluate import Evaluator
 from moltron.objectives import Limits, get_objective
 from moltron.parallel import collectives
 from moltron.train.metrics import Meter, Sinks, peak_flops, perplexity
-from moltron.train.setup import Run, build_run
+from moltron.train.setup import Run, build_run, check_config
 from moltron.train.signals import StopSignal
 from moltron.train.step import LossScaler, NonFiniteError, Pending, Reading, TrainStep
 
@@ -59,13 +60,15 @@ def train(config: TrainConfig) -> TrainResult:
     """Train as configured, or go on where the run in `config.run_dir` was stopped.
 
     Raises ConfigError with all problems of the configuration, NonFiniteError (train.nonfinite=stop), ValueError where
-    data, checkpoints or memory do not fit.
+    data, checkpoints or memory do not fit, or where another process trains in the run folder.
     """
     device = collectives.init(config.train.device)
     setup_logging(collectives.rank())
     try:
-        with StopSignal() as stop:
-            trainer = Trainer(build_run(config, device), stop)
+        pretrained = check_config(config)
+        lock = locked(Path(config.run_dir) / ".lock", collectives.rank(), collectives.broadcast_object)
+        with StopSignal() as stop, lock:
+            trainer = Trainer(build_run(config, device, pretrained), stop)
             try:
                 return trainer.run()
             finally:
