@@ -3,8 +3,8 @@
     python examples/protein/embedding_map.py embeddings.npz families.csv map.png [proteins.fasta]
 
 embeddings.npz is what `moltron embed output=embeddings.npz` wrote; families.csv has the columns `id` and `family`.
-Prints one JSON object. With the proteins, their amino-acid composition (the mean of one-hot vectors, which knows nothing
-of order) is measured beside the embeddings.
+Prints one JSON object. With the proteins, their amino-acid composition (the mean of one-hot vectors, which knows
+nothing of order) is measured beside the embeddings.
 """
 
 from __future__ import annotations

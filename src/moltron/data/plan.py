@@ -232,7 +232,7 @@ def _deal(ascending: I64, tokens: int, num_bins: int) -> tuple[I64, I64]:
     bin_of = np.full(len(ascending), -1, dtype=np.int64)
     left = np.arange(len(ascending))
     rounds = len(ascending) // num_bins - SINGLY
-    if rounds > 0:  # all but the last rounds at once: to and fro over the bins
+    if rounds > 0:  # all but the last rounds at once: over the bins and back
         dealt = left[::-1][: rounds * num_bins].reshape(rounds, num_bins)
         dealt[1::2] = dealt[1::2, ::-1].copy()
         loads = ascending[dealt].sum(0)

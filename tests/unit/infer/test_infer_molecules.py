@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from moltron.checkpoint.weights import save_pretrained
 from moltron.config.schema import EvaluateConfig, GenerateConfig
 from moltron.data.store import Clusters, StoreWriter
-from moltron.infer import molecules
+from moltron.infer import chemistry, molecules
 from moltron.infer.api import Model, load_model
 from moltron.infer.evaluate import evaluate_file
 from moltron.infer.generate import Hypothesis
