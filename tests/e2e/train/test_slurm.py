@@ -58,8 +58,10 @@ pytestmark = [
 
 class Cluster:
     def __init__(self, home: Path):
-        port = 17000 + os.getpid() % 1000 * 4
         self.home, self.environment = home, {**os.environ, "PATH": PATH, "SLURM_CONF": str(home / "slurm.conf")}
+
+    def start(self) -> None:
+        home, port = self.home, 17000 + os.getpid() % 1000 * 4
         home.chmod(0o755)  # munge asks for it
         (home / "state").mkdir()
         (home / "munge.key").write_bytes(os.urandom(1024))
@@ -116,6 +118,7 @@ def cluster():
     with tempfile.TemporaryDirectory(prefix="slurm", ignore_cleanup_errors=True) as home:  # short: it holds a socket
         one = Cluster(Path(home))
         try:
+            one.start()
             yield one
         finally:
             one.close()
