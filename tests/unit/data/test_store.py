@@ -157,7 +157,7 @@ def test_read_only_data_needs_and_uses_cache_dir(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Store, "_build_index", refuse)
     monkeypatch.setattr("moltron.data.store.write_json", refuse_json)
-    with pytest.raises(ValueError, match=r"Permission denied\): set cache_dir"):
+    with pytest.raises(ValueError, match=r"Permission denied\): set data\.cache_dir"):
         Store.open(first)
     for _ in range(2):  # two stores of one name share the cache folder
         assert letters(Store.open(first, cache), np.arange(500)) == b"".join(SEQUENCES)
