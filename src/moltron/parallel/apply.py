@@ -122,6 +122,13 @@ def load_full_state(model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> No
         raise ValueError(f"no weights for {', '.join(sorted(parameters))}")
 
 
+def reshard(model: nn.Module) -> None:
+    """Drop gathered weights, which a forward without a backward leaves: parameters are the fp32 masters again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
     """Whether the next backward reduces gradients over the ranks; off for all but the last micro-batch of a step."""
     if isinstance(model, FSDPModule):

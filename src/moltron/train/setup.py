@@ -34,7 +34,7 @@ from moltron.models.registry import architecture_problems, build_model, get_spec
 from moltron.models.spec import ModelSpec, num_parameters
 from moltron.objectives import OBJECTIVES, Objective
 from moltron.parallel import collectives
-from moltron.parallel.apply import assign_full, load_full_state, parallelize
+from moltron.parallel.apply import assign_full, load_full_state, parallelize, reshard
 from moltron.parallel.mesh import mesh_shape
 from moltron.parallel.precision import DTYPES, resolve_precision
 from moltron.parallel.recompute import MODES as RECOMPUTE
@@ -86,6 +86,7 @@ class Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds, live: `model.<name>` and `optim.<kind>.<name>`."""
+        reshard(self.model)
         weights = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         return weights | self.optimizer.state_tensors()
 

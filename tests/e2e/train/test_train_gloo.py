@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from moltron.checkpoint.manager import find_good, read_manifest
 from moltron.train.loop import train
 
 TRAIN_ALL = """
@@ -41,6 +42,7 @@ RUNS = {
     "hybrid": (*SHORT, "parallel.dp_replicate=2", "parallel.recompute=full"),
     "tensor": (*SHORT, "parallel.tp=2"),
     "context": (*SHORT, "parallel.cp=2"),
+    "half": (*SHORT, "train.precision=bf16"),
 }
 
 
@@ -104,6 +106,13 @@ def test_two_ranks_are_one_process(both, read_lines, read_state, name, tolerance
     for key in expected:
         if key.startswith("model."):
             torch.testing.assert_close(state[key], expected[key], rtol=0, atol=5e-3 if name == "muon" else 2e-5)
+
+
+def test_a_checkpoint_after_an_evaluation_has_the_masters(both):
+    """Not the weights in half precision that an evaluation has gathered."""
+    path = find_good(both / "two" / "half" / "checkpoints")
+    assert path.name == "step-00000003"  # where it was evaluated
+    assert {dtype for dtype, _ in read_manifest(path).tensors.values()} == {"float32"}
 
 
 def test_a_signal_to_one_rank_stops_both_at_one_step(both, read_state):
