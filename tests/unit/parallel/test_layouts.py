@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from moltron.checkpoint.manager import CheckpointManager
 from moltron.config.schema import ObjectiveConfig, OptimConfig, ParallelConfig
@@ -20,10 +22,11 @@ from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, parallelize
 from moltron.tokenizers import get_tokenizer
 from moltron.train.optim import Optimizer
+from moltron.train.setup import Run
 from moltron.train.step import TrainStep
 
-SIZES = dict(hidden_size=32, num_layers=2, num_heads=4, ffn_size=64)
-TWO = SIZES | dict(num_decoder_layers=2, max_positions=64)
+SIZES = dict(hidden_size=32, num_layers=4, num_heads=4, ffn_size=64)
+TWO = SIZES | dict(num_layers=2, num_decoder_layers=2, max_positions=64)
 ESM1B = SIZES | dict(vocab_size=33, token_dropout=True, embed_norm=True, contact_head=True, mask_id=32)
 MODELS = {  # family, architecture, tokenizer, objective
     "esm2": ("esm2", SIZES, "esm2", "masked_lm"),
@@ -31,6 +34,7 @@ MODELS = {  # family, architecture, tokenizer, objective
     "megamolbart": ("megamolbart", TWO, "megamolbart", "denoising"),
     "prott5nv": ("prott5", TWO, "prott5nv", "span_corruption"),
 }
+INTERLEAVED = dict(pp=2, pp_schedule="interleaved")
 LAYOUTS = {
     "dp_shard 4": {},
     "dp_replicate 2, dp_shard 2": dict(dp_replicate=2),
@@ -42,6 +46,13 @@ LAYOUTS = {
     "dp_replicate 2, cp 2": dict(dp_replicate=2, cp=2),
     "cp 2, tp 2": dict(cp=2, tp=2),
     "dp_shard 2, tp 2, recomputed": dict(tp=2, recompute="full", reshard_after_forward=True),
+    "pp 4": dict(pp=4),
+    "pp 2, dp_shard 2": dict(pp=2),
+    "pp 2, dp_replicate 2": dict(pp=2, dp_replicate=2, dp_shard=1),
+    "pp 2, tp 2": dict(pp=2, tp=2),
+    "pp 2, cp 2": dict(pp=2, cp=2),
+    "pp 2, dp_shard 2, interleaved": INTERLEAVED,
+    "pp 2, tp 2, interleaved, recomputed": INTERLEAVED | dict(tp=2, recompute="full", reshard_after_forward=True),
 }
 EVERYDAY, SLOW = ["esm2", "megamolbart"], ["esm1b", "prott5nv"]
 MUON = ["dp_shard 4", "dp_replicate 2, tp 2", "cp 2, tp 2"]
@@ -69,7 +80,7 @@ def trained(name, layout, optimizer_name, folder=None):
     family, architecture, *_ = MODELS[name]
     spec, device = get_spec(family), torch.device("cpu")
     config = ParallelConfig(**layout)
-    collectives.share_packs(config.cp * config.tp)
+    collectives.share_packs(config.cp * config.tp, config.pp)
     model = build_model(family, architecture).double()
     parallelize(model, spec.plan, device, precision="fp32", compile=False, config=config)
     model.init_weights(0, assign_full)
@@ -83,14 +94,15 @@ def trained(name, layout, optimizer_name, folder=None):
         numbers += [reading.loss, reading.grad_norm, reading.tokens]
     if folder is not None:
         manager = CheckpointManager(folder)
-        manager.save(STEPS, state_of(model, optimizer), {})
+        manager.save(STEPS, state_of(model, optimizer, copies=False), {})
         manager.wait()
     weights = {n: p.detach() for n, p in model.named_parameters()}
     return numbers, {n: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for n, p in weights.items()}
 
 
-def state_of(model, optimizer):
-    return {f"model.{n}": p.detach() for n, p in model.named_parameters()} | optimizer.state_tensors()
+def state_of(model, optimizer, copies=True):
+    """As `Run.tensors` has it."""
+    return Run.tensors(SimpleNamespace(model=model, optimizer=optimizer), copies)
 
 
 def restored(name, layout, folder):
@@ -107,7 +119,12 @@ def restored(name, layout, folder):
 
 
 def furthest(found, expected):
-    return max(((found[n] - p).norm() / p.norm().clamp_min(1e-6)).item() for n, p in expected.items())
+    """Of the tensors of all ranks, each of which may have some only."""
+    names = [None] * collectives.world_size()
+    dist.all_gather_object(names, set(found))
+    assert set().union(*names) == set(expected)
+    worst = max(((p - expected[n]).norm() / expected[n].norm().clamp_min(1e-6)).item() for n, p in found.items())
+    return collectives.all_reduce_max(torch.tensor(worst)).item()
 
 
 def optimizers(name):
