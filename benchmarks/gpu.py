@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--sizes 8M 150M 650M] [--peers 8M 650M] [--compiled-peers 8M] [--output results.md]
 
 Lengths are UniRef-like: lognormal, median 270, mean about 330, at most 1,022 residues.
-Training is the product's own path: store → BatchPlan → BatchLoader (a thread of this process) → TrainStep with fp32
+Training is the product's own path: store → BatchPlan → BatchLoader (two processes) → TrainStep with fp32
 masters, bf16, AdamW, clip 1.0; embedding is `Encoder.encode`, ids in, pooled vectors out. Peers get the same sequences,
 sorted by length and padded to the longest of a batch, bf16 autocast for training and bf16 weights for embedding, sdpa,
 the faster of plain and torch.compile. Windows of steps are timed from one synchronisation to the next: median and
@@ -107,6 +107,7 @@ def train(size: str, store: Store, device: torch.device) -> Callable[[], int]:
     model = parallelize(build(size), spec.plan, device, precision="bf16", compile=True)
     model.init_weights(0, assign_full)
     objective = get_objective(ObjectiveConfig(), tokenizer, 0)
+    objective.compile()
     optimizer = Optimizer(model, spec.plan, OptimConfig(), 4e-4)
     step = TrainStep(
         model,
@@ -120,7 +121,7 @@ def train(size: str, store: Store, device: torch.device) -> Callable[[], int]:
         graphs=True,
     )
     plan = BatchPlan(store, objective, (tokens,), Limits(1024), seed=0)
-    stream = iter(BatchLoader(plan, store, tokenizer, packs=1, pin=True, workers=1))
+    stream = iter(BatchLoader(plan, store, tokenizer, packs=1, pin=True, workers=2))
     pending: list[Any] = []
 
     def one() -> int:

@@ -1,10 +1,10 @@
 """Look at embeddings: a 2-D map coloured by family, and how often the nearest neighbour is of the same family.
 
-    python examples/protein/embedding_map.py embeddings.npz families.csv map.png
+    python examples/protein/embedding_map.py embeddings.npz families.csv map.png [proteins.fasta]
 
 embeddings.npz is what `moltron embed output=embeddings.npz` wrote; families.csv has the columns `id` and `family`.
-Prints one JSON object; amino-acid composition, which knows nothing of order, is measured beside the embeddings if
-families.csv has a column `sequence`.
+Prints one JSON object. With the proteins, their amino-acid composition (the mean of one-hot vectors, which knows
+nothing of order) is measured beside the embeddings.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ def nearest_neighbour_accuracy(vectors: np.ndarray, families: np.ndarray) -> flo
     return float((families[other] == families).mean())
 
 
-def composition(sequences: list[str]) -> np.ndarray:
+def composition(fasta: str, ids: list[str]) -> np.ndarray:
     """(N, 20) share of each amino acid."""
-    return np.array([[s.count(a) / max(len(s), 1) for a in AMINO_ACIDS] for s in sequences])
+    with open(fasta) as file:
+        records = (record.partition("\n") for record in file.read().split(">")[1:])
+        sequences = {header.split()[0]: "".join(lines.split()) for header, _, lines in records}
+    return np.array([[sequences[i].count(a) / max(len(sequences[i]), 1) for a in AMINO_ACIDS] for i in ids])
 
 
 def draw(vectors: np.ndarray, families: np.ndarray, path: str) -> None:
@@ -52,7 +55,7 @@ def draw(vectors: np.ndarray, families: np.ndarray, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main(embeddings: str, table: str, picture: str) -> None:
+def main(embeddings: str, table: str, picture: str, fasta: str = "") -> None:
     data = np.load(embeddings)
     with open(table, newline="") as file:
         rows = {row["id"]: row for row in csv.DictReader(file)}
@@ -60,16 +63,14 @@ def main(embeddings: str, table: str, picture: str) -> None:
     families = np.array([rows[i]["family"] for i in ids])
     report = {"proteins": len(ids), "families": len(set(families))}
     report["nearest_neighbour_accuracy"] = round(nearest_neighbour_accuracy(data["embeddings"], families), 4)
-    if all(rows[i].get("sequence") for i in ids):
-        by_composition = composition([rows[i]["sequence"] for i in ids])
-        report["nearest_neighbour_accuracy_of_composition"] = round(
-            nearest_neighbour_accuracy(by_composition, families), 4
-        )
+    if fasta:
+        of_composition = nearest_neighbour_accuracy(composition(fasta, ids), families)
+        report["nearest_neighbour_accuracy_of_composition"] = round(of_composition, 4)
     draw(data["embeddings"], families, picture)
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
+    if len(sys.argv) not in (4, 5):
         sys.exit(__doc__)
     main(*sys.argv[1:])

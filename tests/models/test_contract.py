@@ -170,6 +170,7 @@ def test_logits_only_at_the_targets(row):
 
 
 def test_compiled_equals_eager(row):
+    torch._dynamo.reset()
     model = make(row)
     batch = packed(random_sequences(model.config.vocab_size, model.config.mask_id))
     expected = model(batch).hidden

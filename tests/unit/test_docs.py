@@ -63,7 +63,9 @@ def test_keys_in_the_text_exist(page: Path):
     fields = {key for key, _ in schema_fields(TrainConfig)}
     nodes = fields | {".".join(key.split(".")[:i]) for key in fields for i in range(1, 4)}
     for name in re.findall(r"`([a-z]\w*(?:\.\w+)+)[=`]", text):
-        if name.split(".")[0] in sections - {"model"} and not re.search(r"\.(py|arrow|fasta|safetensors)$", name):
+        if name.split(".")[0] in sections - {"model"} and not re.search(
+            r"\.(py|arrow|fasta|safetensors|sbatch)$", name
+        ):
             assert name in nodes or name.removesuffix(".") in nodes, f"{page.name}: no key {name}"
 
 

@@ -115,9 +115,9 @@ def _metric_of(path: Path) -> float:
 def load_tensors(path: str | Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> Manifest:
     """Fill `tensors` in place from a checkpoint of any number of ranks; values are cast to the tensors' dtype.
 
-    For each first part of a name (`model`, `optim`) that `tensors` has, the names, those of all ranks of `group` together,
-    must be the checkpoint's exactly, so that nothing is left out by accident. Raises CheckpointError, on all ranks,
-    listing names and shapes that differ.
+    For each first part of a name (`model`, `optim`) that `tensors` has, the names, those of all ranks of `group`
+    together, must be the checkpoint's exactly, so that nothing is left out by accident. Raises CheckpointError, on all
+    ranks, listing names and shapes that differ.
     """
     manifest = read_manifest(path)
     groups = {name.split(".")[0] for name in tensors}

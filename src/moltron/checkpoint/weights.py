@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import logging
 import zipfile
 from collections.abc import Iterable
@@ -65,7 +66,9 @@ def resolve(what: str | Path) -> tuple[str, Path]:
     if not path.exists():
         if str(what) in REPOSITORIES:
             return "huggingface", fetch(str(what))
-        raise ValueError(f"{what}: no such file or folder, and no name for download ({', '.join(REPOSITORIES)})")
+        near = difflib.get_close_matches(str(what), REPOSITORIES, n=2)
+        names = f"did you mean {' or '.join(near)}?" if near else f"names for download: {', '.join(REPOSITORIES)}"
+        raise ValueError(f"{what}: no such file or folder; {names}")
     if path.is_file():
         if path.suffix == ".pt":
             return "fair-esm", path
@@ -234,7 +237,10 @@ def save_pretrained(
         theirs, state = spec.convert.write_hf(config, state)
     state = {name: t.to("cpu", torch.float32 if name.endswith("inv_freq") else dtype) for name, t in state.items()}
     with staged_folder(folder, marker="config.json", overwrite=overwrite) as stage:
-        save_torch_state_dict(state, stage, max_shard_size=SHARD_BYTES)
+        try:
+            save_torch_state_dict(state, stage, max_shard_size=SHARD_BYTES)
+        except SafetensorError as error:  # its name for the disk's errors too
+            raise ValueError(f"{folder}: cannot be written ({error})") from error
         for file in stage.iterdir():
             file.chmod(stage.stat().st_mode & 0o666)  # safetensors' files are the owner's alone: as the umask has it
         write_json(stage / "config.json", theirs | {"dtype": str(dtype).removeprefix("torch.")})

@@ -29,9 +29,9 @@ def prepare(config: PrepareConfig) -> int:
         unit = "tokens" if "tokens" in split else "residues"
         clusters = f" in {split['clusters']:,} clusters" if "clusters" in split else ""
         log.info("%s: %s records%s, %s %s", name, f"{split['records']:,}", clusters, f"{split[unit]:,}", unit)
-    for what in ("cleaning", "rejects"):
-        if manifest[what]:
-            log.info("%s: %s", what, ", ".join(f"{count:,} {name}" for name, count in manifest[what].items()))
+    for what in ("cleaning", "clusters", "rejects"):
+        if counts := [f"{count:,} {name.replace('_', ' ')}" for name, count in manifest[what].items() if count]:
+            log.info("%s: %s", what, ", ".join(counts))
     return 0
 
 
@@ -42,14 +42,20 @@ def train(config: TrainConfig) -> int:
 
 
 def embed(config: EmbedConfig) -> int:
+    from moltron.common.logging import setup_logging
     from moltron.infer.bulk import embed
+    from moltron.parallel.collectives import rank
 
+    setup_logging(rank())
     return 3 if embed(config).rejected else 0
 
 
 def evaluate(config: EvaluateConfig) -> int:
+    from moltron.common.logging import setup_logging
     from moltron.infer.evaluate import evaluate_file
+    from moltron.parallel.collectives import rank
 
+    setup_logging(rank())
     json.dump(evaluate_file(config), sys.stdout)
     print()
     return 0

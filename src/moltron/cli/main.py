@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from moltron.cli import commands
@@ -135,11 +136,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _describe_keys(root: type) -> str:
     """One line a key: name, default and the comment beside it in the schema's source."""
-    lines = []
+    lines, defaults = [], root()
     for key, field in compose.schema_fields(root):
         owner = _owner(root, key)
         found = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(owner), re.MULTILINE)
-        default = field.default_factory() if callable(field.default_factory) else field.default
+        default = attrgetter(key)(defaults)
         shown = "required" if default == "???" else str(default).lower() if isinstance(default, bool) else default
         text = f"  {key} ({shown})"
         lines.append(f"{text:<44} {found.group(1)}" if found else text)

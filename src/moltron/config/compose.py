@@ -58,9 +58,15 @@ def dump_config(config: Any) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def load_yaml(schema: type[Config], text: str) -> Config:
-    """A configuration that `dump_config` wrote."""
-    leaves = list(_leaves(yaml.safe_load(text)))
+def load_yaml(schema: type[Config], file: Path) -> Config:
+    """A configuration that `dump_config` wrote. Raises ConfigError where the file is damaged."""
+    try:
+        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{file}: {' '.join(str(error).split())}"]) from error
+    if not isinstance(plain, dict):
+        raise ConfigError([f"{file} is empty or damaged: put it back, or choose another run_dir"])
+    leaves = list(_leaves(plain))
     paths = _path_keys(schema)
     return _build(schema, [x for x in leaves if x[0] not in paths], [x for x in leaves if x[0] in paths], [])
 
@@ -120,9 +126,16 @@ def _split(schema: type, overrides: Sequence[str], folders: list[Path], problems
             problems.append(f"{override!r} is not of the form key=value")
         elif key in fields and fields[key].metadata.get("path"):
             optional = fields[key].default is None
+            if not text and not optional:
+                problems.append(f"{key}= is empty: give {key}=…")
             literals.append((key, None if optional and text in ("null", "") else os.path.expanduser(text)))
         elif any((folder / key).is_dir() for folder in folders) and "." not in key:
-            choices.append(f"{key}={text}")
+            known = sorted({file.stem for folder in folders for file in (folder / key).glob("*.yaml")})
+            if text in known:
+                choices.append(f"{key}={text}")
+            else:
+                near = difflib.get_close_matches(text, known, n=3, cutoff=0.4)
+                problems.append(f"{key}={text}: no such preset; there are: {', '.join(near or known)}")
         else:
             try:
                 parsed = OverridesParser.create().parse_override(f"{key}={text}")
@@ -146,12 +159,15 @@ def _compose(config_name: str | None, choices: list[str], folders: list[Path], p
     else:
         home = CONFIGS
     path = "[" + ",".join(f'"file://{folder}"' for folder in folders if folder != home) + "]"
-    chosen = choices if config_name else [f"+{choice}" for choice in choices]
+    search = f"hydra.searchpath={path}"
     try:
         with initialize_config_dir(str(home), version_base="1.3"):
-            composed = compose(config_name, overrides=[f"hydra.searchpath={path}", *chosen])
-    except (HydraException, OmegaConfBaseException) as error:
-        problems.append(" ".join(str(error).split()))
+            default = compose(config_name, overrides=[search], return_hydra_config=True).hydra.runtime.choices
+            chosen = [choice if choice.partition("=")[0] in default else f"+{choice}" for choice in choices]
+            composed = compose(config_name, overrides=[search, *chosen])
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        where = f"--config-name {config_name}: " if config_name else ""
+        problems.append(where + " ".join(str(error).split()))
         return empty
     return composed
 
@@ -180,7 +196,9 @@ def _set(config: DictConfig, key: str, value: Any, problems: list[str]) -> None:
     except (OmegaConfBaseException, TypeError, AttributeError) as error:
         schema = OmegaConf.get_type(config)
         known = [name for name, _ in schema_fields(typing.cast(type, schema))]
-        if key in known:
+        if key in known and OmegaConf.is_list(OmegaConf.select(config, key)) and not isinstance(value, list):
+            problems.append(f"{key}={value} must be a list: {key}=[{value}]")
+        elif key in known:
             problems.append(f"{key}={value}: {str(error).splitlines()[0]}")
         else:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)

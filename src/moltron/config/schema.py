@@ -187,14 +187,14 @@ class EmbedConfig:
     layers: list[int] = field(default_factory=lambda: [-1])  # 0 = embeddings, last = after the final norm
     long: str = "error"  # longer than the model: error (to the rejects, exit code 3) | truncate | window
     max_length: int | None = None  # tokens; None: the model's
-    overlap: int = 128  # residues shared by neighbouring windows
+    overlap: int | None = None  # residues shared by neighbouring windows; None: 128, at most half a window
     dtype: str = "float32"  # float32 | float16
     id_column: str | None = None
     sequence_column: str | None = None
     tokens: int | None = None  # tokens a batch; None: by device
     shard_size: int = 20_000  # records a Parquet shard
-    precision: str = "auto"
-    device: str = "auto"
+    precision: str = "auto"  # auto (bf16 on CUDA, fp32 on a CPU) | fp32 | bf16 | fp16
+    device: str = "auto"  # auto | cpu | cuda
     overwrite: bool = False
 
 
@@ -206,12 +206,12 @@ class EvaluateConfig:
     input: str = literal()  # FASTA, CSV, .smi, or one split of a prepared folder: DIR/val.arrow
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(name="auto"))  # auto: the family's
     molecules: int = 1000  # that are decoded and compared, of those in the file; 0: none
-    tokens: int | None = None
-    max_length: int | None = None
+    tokens: int | None = None  # tokens a pack; None: by device
+    max_length: int | None = None  # tokens a sequence; longer ones are cropped (molecules: an error); None: the model's
     id_column: str | None = None
     sequence_column: str | None = None
-    precision: str = "auto"
-    device: str = "auto"
+    precision: str = "auto"  # auto (bf16 on CUDA, fp32 on a CPU) | fp32 | bf16 | fp16
+    device: str = "auto"  # auto | cpu | cuda
 
 
 @dataclass
@@ -234,8 +234,8 @@ class GenerateConfig:
     seed: int = 0
     id_column: str | None = None
     sequence_column: str | None = None
-    precision: str = "auto"
-    device: str = "auto"
+    precision: str = "auto"  # auto (bf16 on CUDA, fp32 on a CPU) | fp32 | bf16 | fp16
+    device: str = "auto"  # auto | cpu | cuda
     overwrite: bool = False
 
 

@@ -25,6 +25,8 @@ from moltron.data.plan import BatchPlan, Bin, Position
 from moltron.data.store import Store
 from moltron.models.batch import PackedBatch
 
+AHEAD = 8  # packs that a worker builds ahead: a window of the plan takes as long as some of them
+
 
 @dataclass(eq=False)
 class Step:
@@ -51,7 +53,7 @@ class BatchLoader(IterableDataset):
     packs: P, of all ranks together; a multiple of `world`.
     position: of the last step that was done, None for the beginning.
     epochs: stop there; None: never. The last step is filled up with empty packs, so that all ranks take equally many.
-    workers: processes that build steps ahead, `depth` each; 0: built when asked for.
+    workers: processes that build steps ahead, about AHEAD packs each; 0: built when asked for.
     pin: page-locked tensors, for copies that overlap with compute.
     wait_seconds: how long the consumer has waited for data so far.
     """
@@ -67,7 +69,6 @@ class BatchLoader(IterableDataset):
         position: dict[str, Any] | None = None,
         epochs: int | None = None,
         workers: int = 0,
-        depth: int = 4,
         pin: bool = False,
     ):
         if packs % world:
@@ -76,7 +77,7 @@ class BatchLoader(IterableDataset):
             )
         self.plan, self.store, self.objective = plan, store, plan.objective
         self.packs, self.rank, self.world, self.pin = packs, rank, world, pin
-        self.epochs, self.workers, self.depth = epochs, workers, depth
+        self.epochs, self.workers = epochs, workers
         self.start = plan.load(position)
         self.wait_seconds = 0.0
         self._table = tokenizer.table.astype(np.int64)
@@ -92,7 +93,7 @@ class BatchLoader(IterableDataset):
             self,
             batch_size=None,
             num_workers=self.workers,
-            prefetch_factor=self.depth,
+            prefetch_factor=max(2, AHEAD * self.world // self.packs),
             pin_memory=self.pin,
             multiprocessing_context="fork",
             worker_init_fn=_leave_signals_to_the_trainer,

@@ -30,6 +30,7 @@ from moltron.objectives import Limits, Objective
 
 I64 = NDArray[np.int64]
 EVALUATION_SEED = 0
+SINGLY = 64  # rounds of `_deal` that look at every bin's room; the many before them are dealt at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +231,14 @@ def _deal(ascending: I64, tokens: int, num_bins: int) -> tuple[I64, I64]:
     free = np.full(num_bins, tokens, dtype=np.int64)
     bin_of = np.full(len(ascending), -1, dtype=np.int64)
     left = np.arange(len(ascending))
+    rounds = len(ascending) // num_bins - SINGLY
+    if rounds > 0:  # all but the last rounds at once: over the bins and back
+        dealt = left[::-1][: rounds * num_bins].reshape(rounds, num_bins)
+        dealt[1::2] = dealt[1::2, ::-1].copy()
+        loads = ascending[dealt].sum(0)
+        if loads.max() <= tokens:
+            bin_of[dealt] = np.arange(num_bins)
+            free, left = free - loads, left[: -dealt.size]
     rank = np.arange(num_bins)
     while left.size:
         bins = np.argsort(-free, kind="stable")[: left.size]

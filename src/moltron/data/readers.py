@@ -5,7 +5,7 @@
 Compression (.gz .bz2 .xz .zst) is recognised by content, the format by the name, or by content where the name does not
 say. A record that cannot be used is a Reject and reading goes on; a file that cannot be read to its end (truncated,
 damaged, not what its name says) is a ValueError, for what follows is lost. Windows line ends, byte order marks and text
-outside ASCII are read. Knows nothing of what a letter means: tokenizers.clean does.
+outside ASCII are read. What a letter means, a tokenizer knows.
 """
 
 from __future__ import annotations
@@ -19,17 +19,22 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import zstandard
 from isal import isal_zlib
 
+from moltron.common.logging import get_logger
+from moltron.tokenizers import Tokenizer
+
+log = get_logger(__name__)
 FASTA = (".fasta", ".fa", ".faa", ".fas")
 TABLES = (".csv", ".tsv", ".txt")
 SMILES = (".smi", ".smiles")
 KNOWN = (*TABLES, *FASTA, *SMILES)
+GENERATED = "id,input,sample,smiles,valid"  # how a table of `moltron generate` begins
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _FRAMES: dict[bytes, Callable[[], Any]] = {  # by the first bytes of a file
     b"\x1f\x8b": lambda: isal_zlib.decompressobj(31),  # 31: gzip's header and checksum
@@ -38,6 +43,12 @@ _FRAMES: dict[bytes, Callable[[], Any]] = {  # by the first bytes of a file
     b"\x28\xb5\x2f\xfd": lambda: zstandard.ZstdDecompressor().decompressobj(),
 }
 _RANGE = re.compile(r"(?:[\[(<]|_OP_)(\d+)\.\.(\d+)(?:[\])>]|_CL_)")
+_ID = re.compile(r"(.*[ _])?(id|name|accession|entry|label|key)", re.IGNORECASE)  # names of columns: of ids,
+_SEQUENCE = re.compile(r".*smiles(?!_?id).*|.*sequence", re.IGNORECASE)  # of sequences;
+_DATA = re.compile(  # what is none, but a sequence or a SMILES
+    r"[A-Z*-]+|[A-Za-z*-]{12,}|(Cl|Br|[BCNOPSFIHbcnops0-9=#()\[\]@+/\\%.-])+"
+)
+_FIRST = 100  # records of a file by which its alphabet is judged
 
 
 class Record(NamedTuple):
@@ -55,15 +66,32 @@ class Reject(NamedTuple):
 
 
 def read_records(
-    path: str | Path, id_column: str | None = None, sequence_column: str | None = None, alphabet: str = "molecule"
+    path: str | Path,
+    id_column: str | None = None,
+    sequence_column: str | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[Record | Reject]:
     """All records of a file, folder, range or standard input (`-`), in order. Raises: ValueError, see the module, and
-    for molecules where the alphabet is "protein"."""
+    where a file is not of the tokenizer's alphabet."""
     for file in expand_inputs(path):
         with Source(file, id_column, sequence_column) as source:
-            if source.kind == "molecule" and alphabet == "protein":
-                raise ValueError(f"{file} holds molecules (SMILES), proteins are wanted: give another file or model")
-            yield from source.records()
+            if tokenizer and source.kind not in (None, tokenizer.alphabet):
+                raise ValueError(
+                    f"{file} holds {source.kind}s, {tokenizer.alphabet}s are wanted: give another file or model"
+                )
+            yield from source.records() if tokenizer is None else check_alphabet(source.records(), tokenizer)
+
+
+def check_alphabet(records: Iterator[Record | Reject], tokenizer: Tokenizer) -> Iterator[Record | Reject]:
+    """The same records. Raises: ValueError where the first ones can hardly be of the tokenizer's alphabet."""
+    first = list(islice(records, _FIRST))
+    found = [record for record in first if isinstance(record, Record)]
+    if problem := tokenizer.foreign(record.sequence for record in found):
+        raise ValueError(
+            f"{found[0].source}, from line {found[0].line} on: {problem}: look for the right column "
+            "(sequence_column=), file, model or kind"
+        )
+    yield from chain(first, records)
 
 
 # ---------------------------------------------------------------------------------------------------------- which files
@@ -80,11 +108,17 @@ def expand_inputs(path: str | Path) -> list[str]:
     if path == "-":
         return [path]
     if Path(path).is_dir():
-        known = [p for p in Path(path).iterdir() if p.is_file() and _suffix(p.name) in KNOWN]
-        files = sorted(str(p) for p in known if not p.name.endswith("rejects.tsv"))  # those are our own
-        if not files:
+        files = sorted(str(p) for p in Path(path).iterdir() if p.is_file() and _suffix(p.name) in KNOWN)
+        ours = [file for file in files if _is_ours(file)]
+        if ours:
+            log.info("%s: not read from this folder, for a command of moltron wrote them: %s", path, ", ".join(ours))
+        if ours == files:
+            if any(Path(path).glob("*.arrow")):
+                raise ValueError(
+                    f"{path} is a prepared store: give what it was made of, or to evaluate {path}/val.arrow"
+                )
             raise ValueError(f"{path} is a folder without any {', '.join(KNOWN)} file (or such a file compressed)")
-        return files
+        return [file for file in files if file not in ours]
     names = [path] if Path(path).exists() else _fill_ranges(path)
     found = {name: _with_extension(name) for name in names}
     missing = [name for name, file in found.items() if file is None]
@@ -93,6 +127,12 @@ def expand_inputs(path: str | Path) -> list[str]:
         of = f"{len(missing)} of the {len(names)} files of {path} are missing" if len(names) > 1 else "no such file"
         raise ValueError(f"{of}: {which} (also tried: .csv, .fasta and their like, compressed or not)")
     return [file for file in found.values() if file is not None]
+
+
+def _is_ours(file: str) -> bool:
+    """Whether it lists rejects, or is a table that `moltron generate` wrote."""
+    with open(file, "rb") as content:
+        return file.endswith("rejects.tsv") or content.read(len(GENERATED)) == GENERATED.encode()
 
 
 def _fill_ranges(path: str) -> list[str]:
@@ -126,7 +166,9 @@ def _suffix(name: str) -> str:
 
 
 class Source:
-    """One open input: `kind` "protein" or "molecule"; while it is read, `line` and `bytes_read` (compressed ones) grow.
+    """One open input; while it is read, `line` and `bytes_read` (compressed ones) grow.
+
+    kind: "protein" or "molecule", as the format or the name of the column says; None: it does not say.
 
     plain: only lines() and rows() will be used.
     """
@@ -143,7 +185,7 @@ class Source:
             # csv wants its line ends as they are: a quoted cell may hold some
             newline = "" if self.format == "table" else None
             self._text = io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline)
-            self.kind = "molecule" if self.format == "smiles" else "protein"
+            self.kind = {"fasta": "protein", "smiles": "molecule"}.get(self.format)
             if self.format == "table":
                 self._open_table(id_column, sequence_column)
         except BaseException:
@@ -218,12 +260,18 @@ class Source:
         self._file.close()
 
     def _find_format(self, binary: io.BufferedReader[_File]) -> str:
+        with self._damage_is_named():
+            start = binary.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
+        if start.startswith(b"ARROW1"):
+            raise ValueError(
+                f"{self.path} is a split of a prepared store, which only evaluate reads: give what it was made of"
+            )
+        if b"\0" in start:
+            raise ValueError(f"{self.path} is no text in UTF-8: give FASTA, a table (.csv, .tsv) or .smi")
         suffix = _suffix(self.path)
         for name, suffixes in (("fasta", FASTA), ("table", TABLES), ("smiles", SMILES)):
             if suffix in suffixes:
                 return name
-        with self._damage_is_named():
-            start = binary.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
         if start.startswith(b">"):
             return "fasta"
         if b"," in start or b"\t" in start:
@@ -263,28 +311,39 @@ class Source:
         names = [name.strip() for name in next(self._rows, (0, []))[1]]
         if not names:
             raise ValueError(f"{self.path} is empty: its first line must name the columns")
-        lower = [name.lower() for name in names]
         for wanted in (id_column, sequence_column):
             if wanted and wanted not in names:
                 raise ValueError(f"{self.path} has no column {wanted!r}; it has {', '.join(names)}")
-        if sequence_column:
-            sequence = names.index(sequence_column)
-        else:
-            sequence = next((lower.index(name) for name in ("sequence", "smiles") if name in lower), 1)
-        if sequence >= len(names):
-            raise ValueError(
-                f"{self.path} has one column ({names[0]}): name it sequence or smiles, or set sequence_column"
-            )
-        if re.fullmatch(r"[A-Z*]{12,}", names[sequence]):
-            raise ValueError(
-                f"{self.path}, line 1: a sequence where the names of the columns are expected: add a header"
-            )
-        ids = [i for i, name in enumerate(lower) if name == "id" or name.endswith("_id")]
-        chosen = [names.index(id_column)] if id_column else [i for i in (*ids, 0) if i != sequence]
+        self._sequence = names.index(sequence_column) if sequence_column else self._find_sequence(names, id_column)
+        ids = [i for i, name in enumerate(names) if re.fullmatch("id|.*_id", name, re.IGNORECASE)]
+        chosen = [names.index(id_column)] if id_column else [i for i in (*ids, 0) if i != self._sequence]
         self._id = chosen[0] if chosen else None
-        self._sequence = sequence
-        if lower[sequence] == "smiles":
+        if "smiles" in names[self._sequence].lower():
             self.kind = "molecule"
+
+    def _find_sequence(self, names: list[str], id_column: str | None) -> int:
+        """The column called sequence or smiles, else the only one whose name says as much, else v1's second of two."""
+        lower = [name.lower() for name in names]
+        for name in ("sequence", "smiles"):
+            if name in lower:
+                return lower.index(name)
+        named = [i for i, name in enumerate(names) if _SEQUENCE.fullmatch(name)]
+        if len(named) == 1:
+            return named[0]
+        if len(names) != 2 or named:
+            what = "more than one" if named else "none"
+            raise ValueError(
+                f"{self.path}: {what} of its columns ({', '.join(name[:30] for name in names)}) is called sequence or "
+                "smiles: set sequence_column=, or where line 1 is a record add the line `id,sequence` before it"
+            )
+        sequence = 1 - names.index(id_column) if id_column else 1
+        if _DATA.fullmatch(names[sequence]) and not _ID.fullmatch(names[1 - sequence]):
+            raise ValueError(
+                f"{self.path}, line 1: a record ({', '.join(name[:30] for name in names)}) where the names of the "
+                "columns are expected: add the line `id,sequence` before it, or set sequence_column= if these are names"
+            )
+        log.info("%s: ids are read from column %s, sequences from %s", self.path, names[1 - sequence], names[sequence])
+        return sequence
 
     def _read_table(self) -> Iterator[Record | Reject]:
         need = max(self._sequence, self._id or 0)
@@ -298,7 +357,7 @@ class Source:
     def _read_smiles(self) -> Iterator[Record | Reject]:
         for line in self.lines():
             words = line.split(None, 1)
-            if words and not (self.line == 1 and words[0].lower() == "smiles"):
+            if words and not (self.line == 1 and "smiles" in words[0].lower()):
                 name = words[1].strip() if len(words) > 1 else self._made_id(self.line)
                 yield Record(name, _bytes(words[0]), self.path, self.line)
 

@@ -207,7 +207,9 @@ class Store:
                 self._build_index(files, base)
             except OSError as error:
                 problem = f"it cannot be written ({home}: {error.strerror})"
-                raise ValueError(f"{self.path} needs an index and {problem}: set cache_dir") from error
+                raise ValueError(
+                    f"{self.path} needs an index and {problem}: set data.cache_dir to train, or copy it"
+                ) from error
             index = self._load_index(files)
             assert index is not None
         for file in files:

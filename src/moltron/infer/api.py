@@ -11,6 +11,7 @@ token of a sequence that is no special: of molecules, an atom, bond or bracket.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,22 +25,35 @@ from moltron.common.logging import get_logger
 from moltron.infer.engine import POOLINGS, Encoded, Encoder, Wanted
 from moltron.infer.generate import Decoding, Generator, Hypothesis
 from moltron.infer.sampling import METHODS, Sampling, interpolate
-from moltron.infer.windows import POLICIES, cut, merge, stitch
+from moltron.infer.windows import POLICIES, cut, default_overlap, merge, stitch
 from moltron.models.batch import PackedBatch
 from moltron.models.contacts import predict_contacts
 from moltron.models.spec import num_parameters
 from moltron.tokenizers import get_tokenizer
 
 log = get_logger(__name__)
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def load_model(what: str, device: str = "auto", precision: str = "auto") -> Model:
     """A model ready to embed. what: a run folder, a checkpoint of ours, a Hugging Face folder, a fair-esm .pt, or a
     name that `moltron download` knows. device: auto | cpu | cuda. precision: auto (bf16 on CUDA) | fp32 | bf16 | fp16.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Model(load_pretrained(what), device, precision)
+    return Model(load_pretrained(what), find_device(device), precision)
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """device: auto (CUDA if there is one) | cpu | cuda | cuda:1 … Raises ValueError where there is no such device."""
+    name, count = str(device), torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device={name} is unknown; there are: {', '.join(DEVICES)}")
+    if name != "cpu" and int(name[5:] or 0) >= count:
+        raise ValueError(
+            f"device={name}, but torch sees {count} CUDA devices: install a CUDA build of torch or set device=cpu"
+        )
+    return torch.device(name)
 
 
 class Model:
@@ -74,11 +88,12 @@ class Model:
         *,
         layer: int = -1,
         long: str = "error",
-        overlap: int = 128,
+        overlap: int | None = None,
     ) -> np.ndarray:
         """(N, D) fp32. pooling: mean (over residues) | cls | max. layer: 0 = embeddings, -1 = after the final norm.
 
-        long: error (ValueError) | truncate | window, for sequences of more residues than the model's limit.
+        long: error (ValueError) | truncate | window, for sequences of more residues than the model's limit. overlap:
+        residues shared by neighbouring windows; None: 128, at most half a window.
         """
         self.check_pooling(pooling)
         layers = self.layer_numbers([layer])
@@ -86,14 +101,14 @@ class Model:
         return self.run(self._cleaned(sequences), wanted, long=long, overlap=overlap).pooled[layers[0]]
 
     def hiddens(
-        self, sequences: Sequence[str], *, layer: int = -1, long: str = "error", overlap: int = 128
+        self, sequences: Sequence[str], *, layer: int = -1, long: str = "error", overlap: int | None = None
     ) -> list[np.ndarray]:
         """One (L, D) fp32 a sequence; arguments as in `embed`."""
         layers = self.layer_numbers([layer])
         wanted = Wanted(layers, None, hiddens=True)
         return self.run(self._cleaned(sequences), wanted, long=long, overlap=overlap).hiddens[layers[0]]
 
-    def logits(self, sequences: Sequence[str], *, long: str = "error", overlap: int = 128) -> list[np.ndarray]:
+    def logits(self, sequences: Sequence[str], *, long: str = "error", overlap: int | None = None) -> list[np.ndarray]:
         """One (L, V) fp32 a sequence; columns are `tokenizer.pieces`."""
         return self.run(self._cleaned(sequences), Wanted((), None, logits=True), long=long, overlap=overlap).logits
 
@@ -116,6 +131,10 @@ class Model:
         """
         if mask is not None:
             hiddens = [h[np.asarray(m, dtype=bool)] for h, m in zip(hiddens, mask, strict=True)]
+        width = self.config.hidden_size
+        for index, h in enumerate(hiddens):
+            if np.ndim(h) != 2 or np.shape(h)[1] != width:
+                raise ValueError(f"hidden states {index} have shape {np.shape(h)}, the model's are (tokens, {width})")
         return [self._text(found[0]) for found in self.generator.decode(list(hiddens), Decoding(**how))]
 
     def sample(self, sequences: Sequence[str], method: str = METHODS[0], **how: Any) -> list[list[str]]:
@@ -194,7 +213,7 @@ class Model:
         *,
         long: str = "error",
         max_length: int | None = None,
-        overlap: int = 128,
+        overlap: int | None = None,
     ) -> Encoded:
         """Tokenize cleaned sequences, cut what is too long, encode, join: results a sequence.
 
@@ -202,7 +221,9 @@ class Model:
         """
         if long not in POLICIES:
             raise ValueError(f"long={long!r} is unknown; there are: {', '.join(POLICIES)}")
-        pieces, keep, owners = self._pieces(sequences, long, self.max_residues(max_length), overlap)
+        limit = self.max_residues(max_length)
+        overlap = default_overlap(limit) if overlap is None else overlap
+        pieces, keep, owners = self._pieces(sequences, long, limit, overlap)
         encoded = self.encoder.encode(pieces, wanted, keep)
         kept = keep[:, 1] - keep[:, 0]
         return Encoded(
@@ -214,6 +235,12 @@ class Model:
     def _cleaned(self, sequences: Sequence[str]) -> list[bytes]:
         if isinstance(sequences, str):
             raise ValueError("a list of sequences is wanted, not one string: [sequence]")
+        sequences = list(sequences)
+        for index, sequence in enumerate(sequences):
+            if not isinstance(sequence, str):
+                raise ValueError(f"sequence {index} is {sequence!r:.40}, a {type(sequence).__name__}: give a str")
+            if problem := self.tokenizer.foreign([sequence.encode()]):
+                raise ValueError(f"sequence {index} ({sequence[:40]}): {problem}")
         results = [self.tokenizer.clean(sequence.encode()) for sequence in sequences]
         if letters := sum((counts for _, counts in results), Counter()):
             log.warning("odd letters, by the rule of moltron.tokenizers: %s", dict(letters))

@@ -28,13 +28,14 @@ import torch
 
 from moltron import __version__
 from moltron.checkpoint.weights import load_pretrained
+from moltron.common.lock import locked
 from moltron.common.logging import Progress, get_logger
 from moltron.common.manifest import read_json, write_json
 from moltron.config.schema import EmbedConfig
 from moltron.data.readers import Reject, read_records
-from moltron.infer.api import Model
+from moltron.infer.api import DEVICES, Model
 from moltron.infer.engine import POOLINGS, Wanted, ahead
-from moltron.infer.windows import POLICIES
+from moltron.infer.windows import POLICIES, default_overlap
 from moltron.infer.writers import FORMATS, Column, Rows, is_done, write_output, write_shard
 from moltron.parallel import collectives
 
@@ -45,6 +46,7 @@ CHOICES = {
     "pooling": POOLINGS,
     "long": POLICIES,
     "dtype": ("float32", "float16"),
+    "device": DEVICES,
 }
 
 
@@ -75,18 +77,20 @@ def embed(config: EmbedConfig) -> EmbedReport:
         raise ValueError(f"output={output} exists: choose another one or set overwrite=true")
     job = _Job(config, device, folder)
     collectives.barrier()  # all have looked
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        job.run()
+    lock = output.with_name(output.name + ".lock")
+    with locked(lock, collectives.rank(), collectives.broadcast_object):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            job.run()
+            collectives.barrier()
+            if collectives.rank() == 0:
+                _assemble(config, job, marker)
+        finally:
+            if collectives.rank() == 0:
+                job.rejects.unlink(missing_ok=True)
+                with suppress(OSError):
+                    folder.rmdir()  # if nothing is in it
         collectives.barrier()
-        if collectives.rank() == 0:
-            _assemble(config, job, marker)
-    finally:
-        if collectives.rank() == 0:
-            job.rejects.unlink(missing_ok=True)
-            with suppress(OSError):
-                folder.rmdir()  # if nothing is in it
-    collectives.barrier()
     return job.report
 
 
@@ -134,8 +138,9 @@ class _Job:
         self.model = model = Model(load_pretrained(config.model), device, config.precision, config.tokens)
         self.layers = tuple(dict.fromkeys(model.layer_numbers(config.layers)))
         self.limit = model.max_residues(config.max_length)
-        if config.long == "window" and not 0 <= config.overlap < self.limit:
-            raise ValueError(f"overlap={config.overlap} must be less than the {self.limit} residues of a window")
+        self.overlap = default_overlap(self.limit) if config.overlap is None else config.overlap
+        if config.long == "window" and not 0 <= self.overlap < self.limit:
+            raise ValueError(f"overlap={self.overlap} must be less than the {self.limit} residues of a window")
         embeddings, hiddens, logits = (name in config.outputs for name in CHOICES["outputs"])
         pooling, dtype = config.pooling if embeddings else None, getattr(torch, config.dtype)
         self.wanted = Wanted(self.layers if embeddings or hiddens else (), pooling, hiddens, logits, dtype)
@@ -157,7 +162,7 @@ class _Job:
             "layers": list(self.layers),
             "long": config.long,
             "max_residues": self.limit,
-            "overlap": config.overlap if config.long == "window" else None,
+            "overlap": self.overlap if config.long == "window" else None,
             "dtype": config.dtype,
         }
         self.report = EmbedReport()
@@ -209,7 +214,7 @@ class _Job:
         first: dict[bytes, int] = {}
         which = np.array([first.setdefault(sequence, len(first)) for sequence in sequences])
         c = self.config
-        results = self.model.run(list(first), self.wanted, long=c.long, max_length=c.max_length, overlap=c.overlap)
+        results = self.model.run(list(first), self.wanted, long=c.long, max_length=c.max_length, overlap=self.overlap)
         records: dict[str, Any] = {"id": ids, "sequence": [sequence.decode("ascii") for sequence in sequences]}
         for layer, vectors in results.pooled.items():
             records[self._name("embeddings", layer)] = vectors[which]
@@ -227,9 +232,7 @@ class _Job:
         print("id", "source", "line", "reason", sep="\t", file=rejects)
         ids, sequences, size = [], [], 0
         tokenizer = self.model.tokenizer
-        for record in read_records(
-            config.input, config.id_column, config.sequence_column, self.model.tokenizer.alphabet
-        ):
+        for record in read_records(config.input, config.id_column, config.sequence_column, tokenizer):
             if isinstance(record, Reject):
                 sequence, letters, reason = b"", {}, record.reason
             else:

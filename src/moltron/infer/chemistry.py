@@ -13,8 +13,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moltron.common.logging import get_logger
 from moltron.data.prepare import molecules
 
+log = get_logger(__name__)
 FEW = 500  # molecules that are judged sooner here than in other processes
 COLUMNS, SEEDS = 6, 8  # of the picture: samples beside each seed, seeds
 
@@ -32,7 +34,7 @@ class Judged(NamedTuple):
 def rdkit() -> Any:
     """RDKit's Chem, quiet, with what is used of it here. Raises ValueError where it is not installed."""
     chem, _, _ = molecules.rdkit()
-    from rdkit.Chem import QED, Draw, rdFingerprintGenerator  # noqa: F401
+    from rdkit.Chem import QED, rdFingerprintGenerator  # noqa: F401
 
     return chem
 
@@ -80,12 +82,20 @@ class Judges(ProcessPoolExecutor):
 
 
 def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[Judged]]]) -> None:
-    """A row a seed: the seed, then different molecules made of it, with their drug-likeness and similarity."""
+    """A row a seed: the seed, then different molecules made of it, with their drug-likeness and similarity.
+
+    Without a picture where RDKit lacks the system's libraries for drawing, and says so.
+    """
+    try:  # only here: slim containers lack what it links to, and training with metrics on molecules needs none of it
+        from rdkit.Chem import Draw
+    except ImportError as error:
+        log.warning("no picture %s: %s (on Debian: apt install libxrender1 libxext6)", path, error)
+        return
     drawn, legends = [], []
     for seed, found in rows[:SEEDS]:
         distinct = list({j.smiles: j for j in found if j.smiles}.values())[:COLUMNS]
         drawn += [molecule(seed), *(molecule(j.smiles) for j in distinct), *[None] * (COLUMNS - len(distinct))]
         legends += ["seed", *(f"QED {j.qed:.2f}, similarity {j.similarity:.2f}" for j in distinct)]
         legends += [""] * (COLUMNS - len(distinct))
-    image = rdkit().Draw.MolsToGridImage(drawn, molsPerRow=1 + COLUMNS, subImgSize=(260, 200), legends=legends)
+    image = Draw.MolsToGridImage(drawn, molsPerRow=1 + COLUMNS, subImgSize=(260, 200), legends=legends)
     image.save(path)

@@ -12,6 +12,7 @@ T tokens (packed), B pieces, D width, L residues, V vocabulary, N sequences
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moltron.layers.pooling import pool
 from moltron.models.batch import PackedBatch
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.apply import compile_units
+from moltron.parallel.graphs import Graphed
 from moltron.parallel.precision import DTYPES, resolve_precision
 
 Key = tuple[str, int]  # "pooled" | "hiddens" | "logits", layer
@@ -58,13 +61,13 @@ class Encoded:
 class _Pack(NamedTuple):
     """Pieces on one token axis. pieces: their indices; kept: (B, 2) the rows [from, to) of each that count.
 
-    segments: (2B+1,) row counts that cut the axis for pooling into gap, piece, gap, piece, … gap.
+    pooled: (B, 2) int32, the rows that are pooled; on CUDA with empty runs for the pack's filler.
     """
 
     batch: PackedBatch
     pieces: np.ndarray
     kept: np.ndarray
-    segments: Tensor
+    pooled: Tensor
 
 
 class Encoder:
@@ -89,16 +92,19 @@ class Encoder:
         self.pad_id = pad_id
         self._plan = plan
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._forwards: dict[Wanted, Callable[[PackedBatch, Tensor], tuple[Tensor, ...]]] = {}
+        self._compiled = False
         self._width = self.model.config.hidden_size
         if tokens is None:
             tokens = 4096 if self._copies is None else int(np.clip(131072 * 320 // self._width, 8192, 131072))
         self.tokens = _round_up(tokens)
 
     def compile(self) -> None:
-        """Compile the plan's units: pays on CUDA from some tens of packs."""
-        if self._plan is not None and self._copies is not None:
+        """Compile the plan's units and record packs as CUDA graphs: pays on CUDA from some tens of packs."""
+        if self._plan is not None and self._copies is not None and not self._compiled:
             compile_units(self.model, self._plan)
-            self._plan = None
+            self._compiled = True
+            self._forwards.clear()
 
     def encode(self, ids: Sequence[np.ndarray], wanted: Wanted, keep: np.ndarray | None = None) -> Encoded:
         """Run the model over pieces of ids, each with its specials; results in the order given.
@@ -149,11 +155,13 @@ class Encoder:
             batch = PackedBatch.pack(flat, lengths[pieces], tokens=tokens, pad_id=self.pad_id, max_length=longest)
             starts = (np.cumsum(lengths[pieces]) - lengths[pieces])[:, None]
             kept = starts + keep[pieces]
-            counted = np.add(starts, [0, 1]) if wanted.pooling == "cls" else kept
-            segments = torch.from_numpy(np.diff(np.concatenate([[0], counted.ravel(), [tokens]])))
-            if self._copies is not None:
-                batch, segments = batch.pin_memory(), segments.pin_memory()
-            yield _Pack(batch, pieces, kept, segments)
+            pooled = np.add(starts, [0, 1]) if wanted.pooling == "cls" else kept
+            if self._copies is None:
+                yield _Pack(batch, pieces, kept, torch.from_numpy(pooled.astype(np.int32)))
+            else:
+                runs = torch.zeros(len(batch.layout.lengths), 2, dtype=torch.int32, pin_memory=True)
+                runs.numpy()[: len(pieces)] = pooled
+                yield _Pack(batch.pin_memory(), pieces, kept, runs)
 
     # ------------------------------------------------------------------------------------------------------ device
 
@@ -170,21 +178,26 @@ class Encoder:
 
     @torch.inference_mode()
     def _forward(self, pack: _Pack, wanted: Wanted) -> dict[Key, Tensor]:
-        batch = pack.batch.to(self.device, non_blocking=True)
-        segments = pack.segments.to(self.device, non_blocking=True)
-        output = self.model(batch, hidden_layers=wanted.layers)
-        reduce = "max" if wanted.pooling == "max" else "sum"
-        results = {}
-        for layer in wanted.layers:
-            hidden = output.hiddens[layer]
-            if wanted.pooling:  # each piece over its own rows, one after another: the same bits whatever else is here
-                pooled = torch.segment_reduce(hidden.float(), reduce, lengths=segments, axis=0, unsafe=True)
-                results["pooled", layer] = pooled[1::2]
-            if wanted.hiddens:
-                results["hiddens", layer] = hidden.to(wanted.dtype)
-        if wanted.logits:  # of all rows: a few rows alone would have other last bits
-            results["logits", -1] = self.model.logits(output.hidden).to(wanted.dtype)
-        return results
+        keys: list[Key] = [("pooled", layer) for layer in wanted.layers if wanted.pooling]
+        keys += [("hiddens", layer) for layer in wanted.layers if wanted.hiddens]
+        keys += [("logits", -1)] if wanted.logits else []
+        if wanted not in self._forwards:
+            function = functools.partial(self._compute, keys, wanted)
+            self._forwards[wanted] = Graphed(function, self.device) if self._compiled else function
+        results = dict(zip(keys, self._forwards[wanted](pack.batch, pack.pooled), strict=True))
+        return {(what, at): x[: len(pack.pieces)] if what == "pooled" else x for (what, at), x in results.items()}
+
+    def _compute(self, keys: list[Key], wanted: Wanted, batch: PackedBatch, rows: Tensor) -> tuple[Tensor, ...]:
+        batch, rows = batch.to(self.device, non_blocking=True), rows.to(self.device, non_blocking=True)
+        output, results = self.model(batch, hidden_layers=wanted.layers), []
+        for what, layer in keys:
+            if what == "pooled":
+                results.append(pool(output.hiddens[layer], rows, "max" if wanted.pooling == "max" else "sum"))
+            elif what == "hiddens":
+                results.append(output.hiddens[layer].to(wanted.dtype))
+            else:  # of all rows: a few rows alone would have other last bits
+                results.append(self.model.logits(output.hidden).to(wanted.dtype))
+        return tuple(results)
 
     def _to_host(self, tensors: dict[Key, Tensor]) -> Callable[[], dict[Key, np.ndarray]]:
         """Into pinned memory, on a stream of its own: the next pack is computed meanwhile. What comes back waits."""

@@ -29,7 +29,7 @@ from moltron.data.loader import BatchLoader
 from moltron.data.plan import EVALUATION_SEED, BatchPlan
 from moltron.data.readers import Record, Reject, read_records
 from moltron.data.store import Store, StoreWriter
-from moltron.infer.api import Model
+from moltron.infer.api import DEVICES, Model
 from moltron.infer.reconstruct import Reconstruction
 from moltron.objectives import Limits, get_objective
 from moltron.parallel.collectives import all_reduce_sum, data_rank, data_world_size, init
@@ -97,15 +97,18 @@ def evaluate_file(config: EvaluateConfig) -> dict[str, float | int]:
     """{"loss": nats a target, "perplexity", "targets", "sequences"} of a file, and of molecules what `Reconstruction`
     says of the first `config.molecules`. Under torchrun the ranks share the work.
 
-    Records longer than `max_length` are cropped as in training (molecules are an error). Raises ValueError where a
-    record is broken.
+    Records longer than `max_length` are cropped as in training (molecules are an error). Raises ValueError for settings
+    that cannot work, and at the first record that is broken.
     """
+    _check(config)
     device = init(config.device)
     model = Model(load_pretrained(config.model), device, config.precision, config.tokens)
     max_length = model.max_residues(config.max_length) + model.tokenizer.num_specials
-    objective = config.objective
-    if objective.name == "auto":
-        objective = replace(objective, name=model.spec.objectives[0])
+    settings, known = config.objective, model.spec.objectives
+    if settings.name == "auto":
+        settings = replace(settings, name=known[0])
+    if settings.name not in known:
+        raise ValueError(f"objective.name={settings.name} does not suit {model.spec.name}: choose {', '.join(known)}")
     tokens, limits = max(model.encoder.tokens, max_length), Limits(max_length, max_length)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "records.arrow")
@@ -113,8 +116,15 @@ def evaluate_file(config: EvaluateConfig) -> dict[str, float | int]:
         store = Store.open(path)
         if store.alphabet != model.tokenizer.alphabet:
             raise ValueError(f"{path} holds {store.alphabet}s, the model reads {model.tokenizer.alphabet}s")
+        objective = get_objective(settings, model.tokenizer, EVALUATION_SEED)
+        if not objective.crops and store.lengths.max(initial=0) > (room := objective.max_residues(limits)):
+            (longest,) = store.ids([int(store.lengths.argmax())])
+            raise ValueError(
+                f"input={config.input}: record {longest!r} has {store.lengths.max()} tokens, the model reads {room}, "
+                "and molecules are not cropped: leave such records out, as `moltron prepare` does"
+            )
         sizes: Any = dict(tokens=(tokens, tokens), limits=limits, molecules=config.molecules)
-        evaluator = Evaluator(store, model.tokenizer, objective, device, **sizes)
+        evaluator = Evaluator(store, model.tokenizer, settings, device, **sizes)
         loss_sum, targets = evaluator.sums(model.module)
         shares = evaluator.generated(model.module) if targets else {}
         count = evaluator.loader.plan.num_items
@@ -124,11 +134,23 @@ def evaluate_file(config: EvaluateConfig) -> dict[str, float | int]:
     return {"loss": loss, "perplexity": math.exp(loss), "targets": targets, "sequences": count} | shares
 
 
+def _check(config: EvaluateConfig) -> None:
+    problems = []
+    if config.device not in DEVICES:
+        problems.append(f"device={config.device} is unknown; there are: {', '.join(DEVICES)}")
+    if config.tokens is not None and config.tokens < 1:
+        problems.append(f"tokens={config.tokens} must be at least 1")
+    if config.molecules < 0:
+        problems.append(f"molecules={config.molecules} must not be negative")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
 def _write_store(config: EvaluateConfig, tokenizer: Tokenizer, path: Path) -> Path:
     """All records of a FASTA, CSV or SMILES file, cleaned."""
     is_molecule, odd = tokenizer.alphabet == "molecule", 0
     with StoreWriter(path, tokenizer.alphabet, tokens=is_molecule) as writer:
-        for records in _batches(config, tokenizer.alphabet):
+        for records in _batches(config, tokenizer):
             ids, sequences = [], []
             for record in records:
                 sequence, letters = (b"", {}) if isinstance(record, Reject) else tokenizer.clean(record.sequence)
@@ -144,7 +166,7 @@ def _write_store(config: EvaluateConfig, tokenizer: Tokenizer, path: Path) -> Pa
     return path
 
 
-def _batches(config: EvaluateConfig, alphabet: str) -> Iterator[list[Record | Reject]]:
-    records = read_records(config.input, config.id_column, config.sequence_column, alphabet)
+def _batches(config: EvaluateConfig, tokenizer: Tokenizer) -> Iterator[list[Record | Reject]]:
+    records = read_records(config.input, config.id_column, config.sequence_column, tokenizer)
     while some := list(islice(records, 10_000)):
         yield some

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from moltron.checkpoint.weights import load_pretrained
 from moltron.common.logging import Progress, get_logger, setup_logging
@@ -27,10 +26,11 @@ from moltron.common.manifest import write_json
 from moltron.config.schema import GenerateConfig
 from moltron.data.readers import Reject, read_records
 from moltron.data.store import Store
-from moltron.infer.api import Model
+from moltron.infer.api import Model, find_device
 from moltron.infer.chemistry import SEEDS, Judged, Judges, canonical, draw_grid, judge, molecule
 from moltron.infer.generate import Hypothesis
 from moltron.infer.sampling import METHODS, Sampling, interpolate
+from moltron.tokenizers import Tokenizer
 
 log = get_logger(__name__)
 INTERPOLATE = "interpolate"
@@ -56,11 +56,12 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     setup_logging()
     if (output := Path(config.output)).exists() and not config.overwrite:
         raise ValueError(f"output={output} exists: choose another one or set overwrite=true")
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(config.device)
     model = Model(load_pretrained(config.model), device, config.precision)
     if model.tokenizer.alphabet != "molecule":
         raise ValueError(f"model={config.model} is of {model.tokenizer.alphabet}s: `generate` makes molecules")
     _ = model.generator  # raises where there is no decoder
+    output.parent.mkdir(parents=True, exist_ok=True)
     tally, rejected = Tally(), 0
     partial, rejects = (output.with_name(f"{output.name}.{name}") for name in ("partial", "rejects.tsv"))
     with ExitStack() as stack:
@@ -68,7 +69,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         bad = csv.writer(stack.enter_context(open(rejects, "w", encoding="utf-8")), "excel-tab", lineterminator="\n")
         judging = stack.enter_context(Judges())
         progress = stack.enter_context(Progress("generate", None))
-        reference = _reference(config, judging)
+        reference = _reference(config, judging, model.tokenizer)
         table.writerow(COLUMNS)
         bad.writerow(["id", "source", "line", "reason"])
         a_seed = config.num_samples if config.method == INTERPOLATE else sampling.copies * sampling.kept
@@ -90,7 +91,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     else:
         log.warning("%d records were rejected, see %s", rejected, rejects)
     settings = {key: value for key, value in asdict(config).items() if key not in ("output", "overwrite")}
-    report = {**tally.report(), "rejected": rejected, "reference": config.reference or "the input", **settings}
+    report = {**tally.report(), "rejected": rejected, **settings, "reference": config.reference or "the input"}
     write_json(output.with_suffix(".json"), report)
     draw_grid(output.with_suffix(".png"), tally.shown)
     os.replace(partial, output)
@@ -115,15 +116,16 @@ def _check(config: GenerateConfig) -> Sampling:
     return sampling
 
 
-def _reference(config: GenerateConfig, judging: Judges) -> set[str]:
+def _reference(config: GenerateConfig, judging: Judges, tokenizer: Tokenizer) -> set[str]:
     """Canonical SMILES of known molecules: the reference's, or those of the input itself."""
     if config.reference is not None and config.reference.endswith(".arrow"):  # a cluster's first is canonical already
         store = Store.open(config.reference)
         first = store.clusters.order[store.clusters.start] if store.clusters is not None else np.arange(len(store))
         return {smiles for part in np.array_split(first, len(first) // 10_000 + 1) for smiles in store.texts(part)}
     columns = (None, None) if config.reference is not None else (config.id_column, config.sequence_column)
-    records = (r for r in read_records(config.reference or config.input, *columns) if not isinstance(r, Reject))
-    return set(judging.each(canonical, [r.sequence.decode("utf-8", "replace").strip() for r in records])) - {""}
+    records = read_records(config.reference or config.input, *columns, tokenizer)
+    found = [r.sequence.decode("utf-8", "replace").strip() for r in records if not isinstance(r, Reject)]
+    return set(judging.each(canonical, found)) - {""}
 
 
 def _chunks(config: GenerateConfig, model: Model, size: int) -> Iterator[tuple[list[Seed], list[tuple]]]:
@@ -132,7 +134,7 @@ def _chunks(config: GenerateConfig, model: Model, size: int) -> Iterator[tuple[l
     seeds: list[Seed] = []
     rejects: list[tuple] = []
     kept = 1 if config.method == INTERPOLATE else 0
-    for record in read_records(config.input, config.id_column, config.sequence_column):
+    for record in read_records(config.input, config.id_column, config.sequence_column, model.tokenizer):
         if isinstance(record, Reject):
             rejects.append((record.id, record.source, record.line, record.reason))
             continue

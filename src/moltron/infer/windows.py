@@ -17,6 +17,10 @@ import numpy as np
 POLICIES = ("error", "truncate", "window")
 
 
+def default_overlap(limit: int) -> int:
+    return min(128, limit // 2)
+
+
 def cut(length: int, limit: int, overlap: int) -> np.ndarray:
     """(W, 4) rows (begin, end, keep from, keep to), residues of the whole sequence; the kept parts tile it.
 

@@ -77,18 +77,21 @@ class Block(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """dense → GELU → norm → the embedding's own rows as decoder, plus a bias (spec models.md §2)."""
+    """dense → GELU → norm → the embedding's own rows as decoder, plus a bias (spec models.md §2).
 
-    def __init__(self, hidden_size: int, padded_vocab: int, layer_norm_eps: float, gelu: str):
+    vocab_size: V of the logits; the embedding's rows beyond, which pad the vocabulary, are cut off.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, padded_vocab: int, layer_norm_eps: float, gelu: str):
         super().__init__()
-        self.gelu = gelu
+        self.gelu, self.vocab_size = gelu, vocab_size
         self.dense = nn.Linear(hidden_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, layer_norm_eps)
         self.bias = nn.Parameter(torch.empty(padded_vocab))
 
     def forward(self, hidden_MD: Tensor, embedding_VD: Tensor) -> Tensor:
         x_MD = self.norm(F.gelu(self.dense(hidden_MD), approximate=self.gelu))
-        return F.linear(x_MD, embedding_VD, self.bias)
+        return F.linear(x_MD, embedding_VD, self.bias)[:, : self.vocab_size]
 
 
 def init_by_name(

@@ -32,7 +32,8 @@ class PackedBatch:
     num_sequences, num_tokens: the real ones, without filler.
     records: (num_sequences,) int64, index of each sequence's record in its data set; for reports.
     target_positions, targets: (M,) int64, where the loss is taken and the true ids; -100 in `targets` fills up to M.
-        Positions count in the stream whose logits the model gives: the decoder's where there is one.
+        Positions count in the stream whose logits the model gives: the decoder's where there is one, and there None
+        means that every token is a target.
     decoder_ids: (U,) int64, what the decoder reads (labels shifted right); decoder_layout: of the same number of
         sequences as `layout` (of filler, those left over are empty); num_decoder_tokens: the real ones.
     """
@@ -122,7 +123,7 @@ def _filler(used: int, tokens: int, max_length: int) -> list[int]:
 class Output:
     """What a model returns for a batch.
 
-    hidden: (T, D) after the final norm. logits: (M, V) at `batch.target_positions`, None without them; V is the true
+    hidden: (T, D) after the final norm. logits: (M, V) where the batch has targets, None without; V is the true
     vocabulary, padding rows are cut off. hiddens: the layers asked for, each (T, D): 0 is the embedding output,
     i the output of block i, the last one after the final norm (as in `transformers`' and fair-esm's lists).
     streams: of a pipeline stage that is not the last, the hidden states that the next one takes.

@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         self.embed = nn.Embedding(padded_vocab, config.hidden_size)
         self.layers = nn.ModuleDict({str(i): Block(*sizes) for i in range(config.num_layers)})
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.head = MaskedLMHead(config.hidden_size, padded_vocab, config.layer_norm_eps, gelu)
+        self.head = MaskedLMHead(config.hidden_size, config.vocab_size, padded_vocab, config.layer_norm_eps, gelu)
         self.contact_head: nn.Linear | None = None  # fitted after training, so it takes no gradient
         if contact_head:
             self.contact_head = nn.Linear(config.num_layers * config.num_heads, 1).requires_grad_(False)
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """(M, D) after the final norm → (M, V); padding rows of the vocabulary are cut off."""
-        return self.head(hidden_MD, self.embed.weight)[:, : self.config.vocab_size].contiguous()
+        return self.head(hidden_MD, self.embed.weight)
 
     def flops(self, batch: PackedBatch) -> float:
         """Training FLOPs of the real tokens: 3·(24·L·h²·Σ len + 4·L·h·Σ len²) (design/performance.md)."""

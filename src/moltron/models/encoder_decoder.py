@@ -38,11 +38,15 @@ STAGES = ("embed", "embed_positions", "encoder.layers.*", "encoder.norm", "decod
 
 
 class Head(nn.Module):
-    """Logits: the embedding's own rows, or rows of the head's own, times the scaled hidden state, plus a bias."""
+    """Logits: the embedding's own rows, or rows of the head's own, times the scaled hidden state, plus a bias.
 
-    def __init__(self, hidden_size: int, padded_vocab: int, *, tied: bool, bias: bool, scale: float = 1.0):
+    vocab_size: V of the logits; the rows that pad the vocabulary are cut off.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, *, tied: bool, bias: bool, scale: float = 1.0):
         super().__init__()
-        self.scale = scale
+        padded_vocab = pad_to(vocab_size)
+        self.vocab_size, self.scale = vocab_size, scale
         self.weight = None if tied else nn.Parameter(torch.empty(padded_vocab, hidden_size))
         self.bias = nn.Parameter(torch.empty(padded_vocab)) if bias else None
 
@@ -50,7 +54,7 @@ class Head(nn.Module):
         hidden_MD = hidden_MD if self.scale == 1.0 else hidden_MD * self.scale
         weight_VD = embedding_VD if self.weight is None else self.weight
         assert weight_VD is not None
-        return F.linear(hidden_MD, weight_VD, self.bias)
+        return F.linear(hidden_MD, weight_VD, self.bias)[:, : self.vocab_size]
 
 
 class EncoderDecoder(nn.Module):
@@ -60,18 +64,17 @@ class EncoderDecoder(nn.Module):
     positions: whether there are learned ones, one table for both stacks. head: made only where there is a decoder.
     """
 
-    def __init__(self, config: Any, style: Style, *, positions: bool, head: Callable[[int], Head]):
+    def __init__(self, config: Any, style: Style, *, positions: bool, head: Callable[[], Head]):
         super().__init__()
         self.config, self.style = config, style
-        padded_vocab = pad_to(config.vocab_size)
-        self.embed = nn.Embedding(padded_vocab, config.hidden_size)
+        self.embed = nn.Embedding(pad_to(config.vocab_size), config.hidden_size)
         self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size) if positions else None
         self.encoder = Stack(EncoderBlock, config.num_layers, style)
         self.decoder: Stack | None = None
         self.head: nn.Module = MissingHead("This model is an encoder alone (num_decoder_layers=0)")
         if config.num_decoder_layers:
             self.decoder = Stack(DecoderBlock, config.num_decoder_layers, style)
-            self.head = head(padded_vocab)
+            self.head = head()
 
     def init_weights(self, seed: int, assign: Callable[[nn.Parameter, Tensor], None] = copy_value) -> None:
         c = self.config
@@ -93,8 +96,9 @@ class EncoderDecoder(nn.Module):
         decoder = self.decoder or self._no_decoder()
         x_UD, _ = decoder(*x_UD, batch.decoder_layout, memory_TD, batch.layout)
         logits = None
-        if self.head is not None and batch.target_positions is not None:
-            logits = self.logits(x_UD.index_select(0, batch.target_positions))
+        if self.head is not None and batch.targets is not None:
+            at = batch.target_positions
+            logits = self.logits(x_UD if at is None else x_UD.index_select(0, at))
         return Output(x_UD, logits, hiddens, (memory_TD, x_UD))
 
     def encode(self, batch: PackedBatch) -> Tensor:
@@ -114,7 +118,7 @@ class EncoderDecoder(nn.Module):
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """(M, D) after the decoder's norm → (M, V); padding rows of the vocabulary are cut off."""
         embedding_VD = None if self.embed is None else self.embed.weight  # not here where a stage has no need of it
-        return self.head(hidden_MD, embedding_VD)[:, : self.config.vocab_size].contiguous()
+        return self.head(hidden_MD, embedding_VD)
 
     @torch.no_grad()
     def start(self, memory_TD: Tensor, layout: Layout, capacity: int, num_sequences: int | None = None) -> Cache:

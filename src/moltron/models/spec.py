@@ -18,6 +18,7 @@ from moltron.models.weightmap import Conversion
 class ParallelPlan:
     """How a model is cut, in globs over module names. Each match of `units` is one FSDP unit and compiled.
 
+    compiled: what else is, where no axis cuts sequences or heads; what a model does not have is passed over.
     methods: what else than forward is called on the model and on its units, and so has to gather weights first.
     tensor: how tensor parallelism cuts a module (`parallel.tensor.STYLES`); what a model does not have is passed over.
     context: between which modules context parallelism shares tokens: the first block, the norm behind the last.
@@ -26,6 +27,7 @@ class ParallelPlan:
     """
 
     units: tuple[str, ...]
+    compiled: tuple[str, ...] = ("norm", "head")
     methods: tuple[str, ...] = ()
     tensor: Mapping[str, str] = field(default_factory=dict)
     context: tuple[str, str] = ("layers.0", "norm")

@@ -1,10 +1,11 @@
 """Parallelism is applied to a model, never written into it; this is the only place that knows the order.
 
-    model on meta ── pipeline ── context, tensor ── recompute ── compile ─┬─ several ranks: FSDP2, units, then rest ─┬─ memory
-                                                                          └─ one rank: weights cast by `compute_in` ─┘
+    model on meta ── pipeline ── context, tensor ── recompute ── compile ─┬─ several ranks: FSDP2 ────┬─ memory
+                                                                          └─ one rank: `compute_in` ──┘
 
-Compile comes after recompute, so that it sees what is computed twice, and before FSDP2, so that the hooks that gather
-weights stay outside of the compiled graphs.
+FSDP2 wraps units, then the rest; on one rank weights are cast when the model is called. Compile comes after recompute,
+so that it sees what is computed twice, and before FSDP2, so that the hooks that gather weights stay outside of the
+compiled graphs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from moltron.config.schema import ParallelConfig
+from moltron.layers.compiled import compile_by_row
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.collectives import world_size
 from moltron.parallel.context import enter_context, leave_context
@@ -37,10 +39,13 @@ def units(model: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
     return found
 
 
-def compile_units(model: nn.Module, plan: ParallelPlan) -> None:
-    """torch.compile each unit in place: equal blocks share one compilation."""
+def compile_units(model: nn.Module, plan: ParallelPlan, around: bool = True) -> None:
+    """torch.compile each unit in place: equal blocks share one compilation. around: what is around them, too."""
     for unit in units(model, plan):
         unit.compile(fullgraph=True)
+    for name, module in model.named_modules():
+        if around and name in plan.compiled and next(module.parameters(), None) is not None:
+            module.forward = compile_by_row(module.forward)  # type: ignore[method-assign]
 
 
 def parallelize(
@@ -93,7 +98,7 @@ def _prepare_blocks(
         leave_context(model, norm, mesh["cp"])
     recompute_units(units(model, plan), config.recompute, config.recompute_every)
     if compile:
-        compile_units(model, plan)
+        compile_units(model, plan, around=config.tp * config.cp == 1)
 
 
 def assign_full(parameter: nn.Parameter, value: Tensor) -> None:

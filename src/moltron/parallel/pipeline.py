@@ -98,8 +98,8 @@ class Stage(nn.Module):
 class Pipeline:
     """The stages of this rank, and what they do together with those of the other ranks.
 
-    model: all modules of this rank under their own names; calling it runs `forward`. copies: names of parameters that an
-    earlier stage holds as well, and answers for.
+    model: all modules of this rank under their own names; calling it runs `forward`. copies: names of parameters that
+    an earlier stage holds as well, and answers for.
     """
 
     def __init__(
@@ -126,18 +126,16 @@ class Pipeline:
         self._find_copies(sorted({name for name in names if names.count(name) > 1}))
 
     def _find_copies(self, names: list[str]) -> None:
-        """names: of modules that several stages hold, on as many ranks."""
+        """names: of modules that two stages hold, on two ranks."""
         self.copies: set[str] = set()
-        self.shared: list[tuple[str, Any]] = []
+        self.shared: list[tuple[str, int]] = []  # and the rank that holds the other copy
         for name in names:
-            holders = [i for i, share in enumerate(self.shares) if name in share]
-            if self.stages.keys() & holders:
-                group = dist.new_group(
-                    [self.ranks[i % self.config.pp] for i in holders], use_local_synchronization=True
-                )
+            first, last = (i for i, share in enumerate(self.shares) if name in share)
+            if self.stages.keys() & {first, last}:
                 held = [f"{name}.{p}" for p, _ in self.model.get_submodule(name).named_parameters()]
-                self.shared += [(parameter, group) for parameter in held]
-                self.copies |= set() if holders[0] in self.stages else set(held)
+                other = self.ranks[(last if first in self.stages else first) % self.config.pp]
+                self.shared += [(parameter, other) for parameter in held]
+                self.copies |= set() if first in self.stages else set(held)
 
     def backward(self, packs: list[PackedBatch], scale: Tensor, loss: Loss) -> Tensor:
         """Gradients of a step's packs, of their losses times `scale`, added up; returns the losses, (P,) float64."""
@@ -147,9 +145,14 @@ class Pipeline:
             stage.prepare(packs, loss)
         self.schedule.step(target=torch.arange(len(packs)), return_outputs=False)
         parameters = dict(self.model.named_parameters())
-        for name, group in self.shared:
+        for name, other in self.shared:
             gradient: Any = parameters[name].grad
-            dist.all_reduce(gradient.to_local() if isinstance(gradient, DTensor) else gradient, group=group)
+            here = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            there = torch.empty_like(here)
+            ops = [dist.P2POp(dist.isend, here, other, self.group), dist.P2POp(dist.irecv, there, other, self.group)]
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
+            here += there
         losses_P = torch.zeros(len(packs), dtype=torch.float64, device=scale.device)
         for stage in self.stages.values():
             if stage.losses:
@@ -160,9 +163,10 @@ class Pipeline:
     @torch.no_grad()
     def forward(self, batch: PackedBatch) -> Output:
         """Logits at the batch's targets, on every rank; hidden states stay where they are."""
-        assert batch.target_positions is not None
+        assert batch.targets is not None
         pp, device = self.config.pp, batch.ids.device
-        shape = (len(batch.target_positions), self.model.config.vocab_size)  # type: ignore[union-attr]
+        config: Any = self.model.config
+        shape = (len(batch.targets), config.vocab_size)
         result: Any = torch.empty(shape, dtype=self.dtype, device=device)
         for i, stage in self.stages.items():
             streams = [torch.empty_like(x, device=device) for x in self._enter(i, batch)]
@@ -171,7 +175,7 @@ class Pipeline:
             stage.prepare([batch])
             left = stage(*streams)
             if i == self.num_stages - 1:
-                result = left
+                result = left.contiguous()  # type: ignore[union-attr]
             for x in left if i < self.num_stages - 1 else ():
                 dist.send(x, self.ranks[(i + 1) % pp], self.group)
             for module in stage.modules():
@@ -217,9 +221,9 @@ class Pipeline:
         for stream, glob in enumerate(self.plan.units[: len(tokens)]):
             if matches(self.shares[i][0], [glob]) and not self.shares[i][0].endswith(".0"):
                 tokens[stream] //= self.config.tp * (1 if stream else self.config.cp)
-        width = self.model.config.hidden_size  # type: ignore[union-attr]
+        config: Any = self.model.config
         settings: Any = dict(dtype=self.dtype, device="meta", requires_grad=True)
-        return tuple(torch.empty(count, width, **settings) for count in tokens)
+        return tuple(torch.empty(count, config.hidden_size, **settings) for count in tokens)
 
 
 def pipeline_of(model: nn.Module) -> Pipeline | None:

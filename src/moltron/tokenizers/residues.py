@@ -98,6 +98,9 @@ class ResidueTokenizer(Tokenizer):
     def codes(self, sequence: bytes) -> bytes:
         return sequence
 
+    def count_unknown(self, sequence: bytes) -> tuple[int, int]:
+        return clean(sequence)[1]["unknown"], len(sequence)
+
 
 _ESM1NV = ("<unk>", "<s>", "</s>", "<pad>", "<mask>", *"LASGVERTDIPKNFQYHMCWXBZUO")
 

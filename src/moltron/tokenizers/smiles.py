@@ -83,3 +83,7 @@ class SmilesTokenizer(Tokenizer):
     def codes(self, sequence: bytes) -> bytes:
         """One byte a token, `?` (0) for those outside the vocabulary."""
         return bytes(map(self._codes.__getitem__, _TOKEN.findall(sequence)))
+
+    def count_unknown(self, sequence: bytes) -> tuple[int, int]:
+        codes = self.codes(self.clean(sequence)[0])
+        return codes.count(0), len(codes)

@@ -57,6 +57,18 @@ class Tokenizer(ABC):
     def codes(self, sequence: bytes) -> bytes:
         """One byte a token, to be looked up in `table`."""
 
+    @abstractmethod
+    def count_unknown(self, sequence: bytes) -> tuple[int, int]:
+        """How many letters (or tokens) of a sequence, as written, the alphabet lacks; how many there are."""
+
+    def foreign(self, sequences: Iterable[bytes]) -> str | None:
+        """Why these can hardly be of this alphabet; None: they may be. SMILES have 37 % letters that are no residues,
+        proteins 75 % tokens that are no chemistry, and neither of its own one in a hundred."""
+        unknown, count = map(sum, zip((0, 0), *map(self.count_unknown, sequences), strict=True))
+        if unknown <= count / 4:
+            return None
+        return f"{unknown / count:.0%} of the letters stand for nothing in a {self.alphabet}"
+
     def encode(self, sequence: str | bytes) -> np.ndarray:
         """-> (n,) int64: `prefix`, the ids of the tokens as written (clean() first), `suffix`."""
         letters = sequence.encode("ascii", "replace") if isinstance(sequence, str) else sequence

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from moltron.checkpoint.manager import CheckpointError
+from moltron.common.lock import locked
 from moltron.common.logging import Progress, get_logger, setup_logging
 from moltron.common.manifest import write_json
 from moltron.config.schema import TrainConfig
@@ -30,7 +31,7 @@ from moltron.objectives import Limits, get_objective
 from moltron.parallel import collectives
 from moltron.parallel.apply import total_norm
 from moltron.train.metrics import Meter, Sinks, peak_flops, perplexity
-from moltron.train.setup import Run, build_run
+from moltron.train.setup import Run, build_run, check_config
 from moltron.train.signals import StopSignal
 from moltron.train.step import LossScaler, NonFiniteError, Pending, Reading, TrainStep
 
@@ -60,13 +61,15 @@ def train(config: TrainConfig) -> TrainResult:
     """Train as configured, or go on where the run in `config.run_dir` was stopped.
 
     Raises ConfigError with all problems of the configuration, NonFiniteError (train.nonfinite=stop), ValueError where
-    data, checkpoints or memory do not fit.
+    data, checkpoints or memory do not fit, or where another process trains in the run folder.
     """
     device = collectives.init(config.train.device)
     setup_logging(collectives.rank())
     try:
-        with StopSignal() as stop:
-            trainer = Trainer(build_run(config, device), stop)
+        pretrained = check_config(config)
+        lock = locked(Path(config.run_dir) / ".lock", collectives.rank(), collectives.broadcast_object)
+        with StopSignal() as stop, lock:
+            trainer = Trainer(build_run(config, device, pretrained), stop)
             try:
                 return trainer.run()
             finally:
@@ -100,6 +103,8 @@ class Trainer:
         peak = peak and peak * collectives.world_size()
         self.scaler = LossScaler(**meta.get("scaler", {})) if run.precision == "fp16" else None
         objective = get_objective(config.objective, run.tokenizer, config.train.seed)
+        if run.compiled:
+            objective.compile()
         decoder_tokens = meta.get("decoder_tokens", 0) if objective.streams == 2 else None
         self.meter = Meter(meta.get("tokens", 0), meta.get("seconds", 0.0), peak, decoder_tokens)
         self.train_step = TrainStep(
@@ -131,7 +136,7 @@ class Trainer:
             rank=collectives.data_rank(),
             world=collectives.data_world_size(),
             position=self.position,
-            workers=1 if run.device.type == "cuda" else 0,
+            workers=2 if run.device.type == "cuda" else 0,
             pin=run.device.type == "cuda",
         )
         self.evaluator = None

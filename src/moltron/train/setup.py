@@ -1,6 +1,6 @@
 """From a configuration to all that a training loop needs; the run folder's birth certificate; what a resume may change.
 
-    TrainConfig ──validate: all problems at once──> stores, tokenizer, objective ──> plan, loader
+    TrainConfig ──check_config: all problems at once──> stores, tokenizer, objective ──> plan, loader
                     model on meta ──parallelize──> checkpoint | init=WHAT | init_weights(seed) ──> optimizer ──> Run
 
 A run folder holds config.yaml, manifest.json (one entry a life of the run), metrics.jsonl, checkpoints/. Knows nothing
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import moltron
 from moltron.checkpoint.manager import CheckpointManager, list_checkpoints
-from moltron.checkpoint.weights import load_pretrained
+from moltron.checkpoint.weights import Pretrained, load_pretrained
 from moltron.common.logging import get_logger
 from moltron.common.manifest import read_json, write_json
 from moltron.config.compose import ConfigError, dump_config, load_yaml
@@ -270,18 +270,23 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def build_run(config: TrainConfig, device: torch.device) -> Run:
-    """Check, build and fill everything. Raises ConfigError with all problems, ValueError where files do not fit."""
-    folder = Path(config.run_dir)
-    pretrained = None
+def check_config(config: TrainConfig) -> Pretrained | None:
+    """Find the model of a run to resume, or of `init`, which is returned. Raises ConfigError with all problems."""
+    folder, pretrained = Path(config.run_dir), None
     if not config.model and (folder / "config.yaml").is_file():
-        config.model = load_yaml(TrainConfig, (folder / "config.yaml").read_text(encoding="utf-8")).model
+        config.model = load_yaml(TrainConfig, folder / "config.yaml").model
     if not config.model and config.init is not None:
         pretrained = load_pretrained(config.init)
         config.model = {"family": pretrained.spec.name, **dataclasses.asdict(pretrained.config)}
     problems = validate(config, collectives.world_size())
     if problems:
         raise ConfigError(problems)
+    return pretrained
+
+
+def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained | None) -> Run:
+    """Build and fill everything. pretrained: see `check_config`. Raises ValueError where files do not fit."""
+    folder = Path(config.run_dir)
     collectives.share_packs(config.parallel.cp * config.parallel.tp, config.parallel.pp)
     _warn(config)
     stores = _open_stores(config)
@@ -372,7 +377,7 @@ def _check_same_run(config: TrainConfig, folder: Path, stores: dict[str, Store])
         if list_checkpoints(folder / "checkpoints"):
             raise ValueError(f"{folder} has checkpoints but no config.yaml: restore it, or choose another run_dir")
         return
-    before = load_yaml(TrainConfig, saved.read_text(encoding="utf-8"))
+    before = load_yaml(TrainConfig, saved)
     found = differences(before, config)
     steps, sched = (before.train.max_steps, config.train.max_steps), config.optim.schedule
     if steps[0] != steps[1] and sched.decay_steps is None and sched.name in schedule.DECAYING:
@@ -393,7 +398,7 @@ def _check_same_run(config: TrainConfig, folder: Path, stores: dict[str, Store])
         )
 
 
-def _fill(run: Run, pretrained: Any) -> dict[str, Any] | None:
+def _fill(run: Run, pretrained: Pretrained | None) -> dict[str, Any] | None:
     """Give the model its numbers: a checkpoint's, `init`'s, or the seed's. Returns the meta of the first."""
     latest = run.manager.find_latest()
     if latest is not None:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from moltron.models.batch import PackedBatch
 from moltron.parallel.apply import set_gradient_sync, total_norm
 from moltron.parallel.collectives import all_reduce_sum, data_world_size
+from moltron.parallel.graphs import Graphed
 from moltron.parallel.pipeline import pipeline_of
-from moltron.train.graph import GraphedBackward
 from moltron.train.optim import Optimizer
 
 # Of a step, over all ranks; tokens and padded are of the encoder, or of the one stream there is
@@ -144,7 +144,7 @@ class TrainStep:
         self.waits = device.type != "cuda" or scaler is not None or skip_nonfinite  # a step is over when it returns
         self.event: Any = None
         self.pipeline = pipeline_of(model)
-        self.graphed = GraphedBackward(self._forward_backward, device) if graphs else None
+        self.graphed = Graphed(self._forward_backward, device) if graphs else None
 
     def __call__(self, step: int, batches: list[PackedBatch], targets: int, lr: float, stop: bool = False) -> Pending:
         """batches: this rank's packs. targets: how many this rank has. stop: this rank was asked to stop."""
@@ -179,20 +179,20 @@ class TrainStep:
     def _backward(self, batches: list[PackedBatch], scale: Tensor) -> Tensor:
         """Gradients of the packs added up; returns their summed losses, (P,) float64."""
         if self.graphed is not None:
-            return torch.stack([self.graphed(batch, scale) for batch in batches]).double()
+            return torch.stack([self.graphed(batch, scale)[0] for batch in batches]).double()
         here = [batch.to(self.device, non_blocking=True) for batch in batches]
         if self.pipeline is not None:
             return self.pipeline.backward(here, scale, self.loss)
         losses = []
         for batch in here:
             set_gradient_sync(self.model, batch is here[-1] or self.sync_each)
-            losses.append(self._forward_backward(batch, scale))
+            losses.append(self._forward_backward(batch, scale)[0])
         return torch.stack(losses).double()
 
-    def _forward_backward(self, batch: PackedBatch, scale: Tensor) -> Tensor:
+    def _forward_backward(self, batch: PackedBatch, scale: Tensor) -> tuple[Tensor]:
         loss_sum, _ = self.loss(self.model(batch), batch)
         (loss_sum * scale).backward()
-        return loss_sum.detach()
+        return (loss_sum.detach(),)
 
     def _norm(self) -> Tensor:
         """The norm of the whole gradient, over all ranks, the loss scale taken out; 0-dim on the device."""

@@ -26,8 +26,12 @@ sys.exit(main(["train", *sys.argv[3:]]))
 """
 
 
+def with_signal(step, number, arguments):
+    return [sys.executable, "-c", SIGNAL_AT, str(step), str(int(number)), *arguments]
+
+
 def run_with_signal(step, number, arguments):
-    command = [sys.executable, "-c", SIGNAL_AT, str(step), str(int(number)), *arguments]
+    command = with_signal(step, number, arguments)
     return subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
@@ -57,6 +61,17 @@ def test_sigterm_then_kill_then_a_torn_line(tmp_path, arguments, tiny_config, re
     assert (step, meta) == (expected_step, expected_meta)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_a_second_command_is_kept_out_of_a_run_that_goes_on(tmp_path, arguments, tiny_config, read_lines):
+    run_dir = tmp_path / "run"
+    with subprocess.Popen(with_signal(7, signal.SIGSTOP, arguments(run_dir)), stderr=subprocess.DEVNULL) as first:
+        os.waitpid(first.pid, os.WUNTRACED)  # it stands still
+        with pytest.raises(ValueError, match=rf"run/.lock is held by process {first.pid} on "):
+            train(tiny_config(run_dir))
+        first.kill()
+    assert train(tiny_config(run_dir)).step == 20
+    assert [line["step"] for line in read_lines(run_dir)] == [*range(2, 21, 2)]
 
 
 def test_a_second_signal_ends_at_once():

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import resource
 
 import esm
 import numpy as np
@@ -362,7 +363,8 @@ def test_broken_and_absent_files(tmp_path, plain):
     with pytest.raises(ValueError, match=r"files that are not there: model-1\.safetensors"):
         load_pretrained(folder)
     for what, message in [
-        (tmp_path / "nothing", "no such file or folder, and no name for download.*esm2_8M"),
+        (tmp_path / "nothing", "no such file or folder; names for download: .*esm2_8M"),
+        ("esm2_8m", r"no such file or folder; did you mean esm2_8M or"),
         (plain / "config.json", "a folder or a fair-esm .pt"),
         (tmp_path, "neither a run folder"),
     ]:
@@ -512,6 +514,17 @@ def test_checkpoints_that_do_not_say_or_fit(tmp_path):
         shard.unlink()
     with pytest.raises(ValueError, match="no checkpoint in it is whole"):
         load_pretrained(tmp_path / "b")
+
+
+def test_a_full_disk_is_a_value_error_and_leaves_nothing(tmp_path, plain):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # no larger files
+    try:
+        with pytest.raises(ValueError, match=r"out: cannot be written \(.*File too large"):
+            convert(ConvertConfig(input=str(plain), output=str(tmp_path / "out"), format="moltron"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_convert_guards_its_output(tmp_path, plain):

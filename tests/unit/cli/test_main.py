@@ -21,6 +21,11 @@ def test_help_shows_an_example_and_every_key(name, capsys):
         assert f"  {key} (" in shown
 
 
+def test_help_shows_the_defaults_of_its_command():
+    assert "objective.name (auto)" in cli._describe_keys(cli.COMMANDS["evaluate"].schema)
+    assert "objective.name (masked_lm)" in cli._describe_keys(cli.COMMANDS["train"].schema)
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_the_example_is_a_valid_configuration(name):
     words = shlex.split(cli.COMMANDS[name].example)

@@ -12,6 +12,12 @@ from moltron.models.registry import architecture_problems, build_model
 from moltron.models.spec import num_parameters
 from moltron.train.setup import validate
 
+
+def written_and_read(config, folder):
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return load_yaml(type(config), folder / "config.yaml")
+
+
 REQUIRED = ["data.path=store", "run_dir=run"]
 PRESETS = compose.preset_names()
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks/presets"
@@ -81,17 +87,22 @@ def test_groups_and_model_fields_can_be_chosen():
 
 
 @pytest.mark.parametrize("value", ["a b,c", "x[000..049]", "d=e={f}", "it's ${here}", "x_OP_000..003_CL_", "-"])
-def test_path_values_are_literal(value):
+def test_path_values_are_literal(value, tmp_path):
     assert load_config(PrepareConfig, [f"input={value}", "output=o"]).input == value
     assert load_config(TrainConfig, [f"data.path={value}", "run_dir=r"]).data.path == value
-    again = load_yaml(TrainConfig, dump_config(load_config(TrainConfig, [f"data.path={value}", "run_dir=r"])))
-    assert again.data.path == value
+    config = load_config(TrainConfig, [f"data.path={value}", "run_dir=r"])
+    assert written_and_read(config, tmp_path).data.path == value
 
 
 def test_home_is_expanded_and_null_empties_an_optional_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/mira")
     assert load_config(TrainConfig, ["data.path=~/s", "run_dir=r"]).data.path == "/home/mira/s"
     assert load_config(TrainConfig, [*REQUIRED, "init=null"]).init is None
+
+
+def test_an_empty_path_is_a_problem():
+    with pytest.raises(ConfigError, match=r"1 problem in the configuration:\n  - input= is empty: give input=…$"):
+        load_config(PrepareConfig, ["input=", "output=b", "val_input="])
 
 
 def test_path_keys_named_in_the_issue_are_literal():
@@ -124,7 +135,7 @@ def test_all_problems_at_once():
         "train.max_steps",
         "optim.lr=fast",
         "batch.tokens=1.5",
-        "objective/nix",
+        "objective=nix: no such preset",
         "'lonely'",
         "run_dir is missing",
     ]:
@@ -135,6 +146,26 @@ def test_all_problems_at_once():
 def test_unknown_preset_names_near_ones():
     with pytest.raises(ConfigError, match="pretrain_esm2_8M"):
         load_config(TrainConfig, REQUIRED, "pretrain_esm2_8")
+
+
+def test_unknown_models_name_near_ones_with_a_preset_and_without():
+    for preset in (None, "pretrain_esm2_8M"):
+        with pytest.raises(ConfigError, match="model=esm2_9M: no such preset; there are: esm2_8M"):
+            load_config(TrainConfig, [*REQUIRED, "model=esm2_9M"], preset)
+
+
+def test_own_presets_that_are_broken_or_name_no_model(tmp_path):
+    (tmp_path / "bad.yaml").write_text("model: [a\n  b: c\n")
+    with pytest.raises(ConfigError, match=r"1 problem.*\n  - --config-name bad: .*bad\.yaml.* line 2"):
+        load_config(TrainConfig, REQUIRED, "bad", [str(tmp_path)])
+    (tmp_path / "own.yaml").write_text("train:\n  max_steps: 5\n")
+    config = load_config(TrainConfig, [*REQUIRED, "model=esm2_8M"], "own", [str(tmp_path)])
+    assert (config.train.max_steps, config.model["num_layers"]) == (5, 6)
+
+
+def test_one_value_for_a_list_says_how_to_write_one():
+    with pytest.raises(ConfigError, match=r"layers=3 must be a list: layers=\[3\]"):
+        load_config(EmbedConfig, ["model=a", "input=b", "output=c", "layers=3"])
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.yaml")))
@@ -165,8 +196,14 @@ def test_architecture_problems_are_sentences():
     assert "esm1, esm2" in architecture_problems("bert", {})[0]
 
 
-def test_dumped_configuration_is_the_same():
+def test_dumped_configuration_is_the_same(tmp_path):
     config = load_config(TrainConfig, REQUIRED, "pretrain_esm2_650M")
-    again = load_yaml(TrainConfig, dump_config(config))
-    assert load_yaml(TrainConfig, dump_config(TrainConfig("r"))).run_dir == "r"
-    assert dataclasses.asdict(again) == dataclasses.asdict(config)
+    assert written_and_read(TrainConfig("r"), tmp_path).run_dir == "r"
+    assert dataclasses.asdict(written_and_read(config, tmp_path)) == dataclasses.asdict(config)
+
+
+@pytest.mark.parametrize("text", ["", "model: [a\n b: c", "- a"])
+def test_a_damaged_configuration_is_named(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"1 problem.*\n  - .*config\.yaml"):
+        load_yaml(TrainConfig, tmp_path / "config.yaml")

@@ -206,7 +206,8 @@ def test_clusters_stay_together(tmp_path, shape):
     assert len(check_clusters(output, of)) == 10 == manifest["splits"]["train"]["clusters"]
     assert {of[name] for name in content(output, "val")}.isdisjoint(of[name] for name in content(output, "train"))
     assert [len(content(output, split)) for split in ("train", "val", "test")] == [40, 8, 12]
-    assert manifest["clusters"] == {"records_in_no_cluster": 0}
+    absent = 0 if shape == "mmseqs" else 1
+    assert manifest["clusters"] == {"records_in_no_cluster": 0, "members_not_in_input": absent}
 
 
 def test_split_column_rules_and_records_in_no_cluster_are_their_own(tmp_path):
@@ -221,7 +222,7 @@ def test_split_column_rules_and_records_in_no_cluster_are_their_own(tmp_path):
     assert list(content(output, "val")) == ["r4", "r5", "r6", "r7"]
     of = {name: name if name.startswith("alone") else "c" for name in content(output, "train")}
     assert check_clusters(output, of).count.tolist() == [4, 1, 1]
-    assert manifest["clusters"] == {"records_in_no_cluster": 2}
+    assert manifest["clusters"] == {"records_in_no_cluster": 2, "members_not_in_input": 0}
     assert rejects(output) == [("14", "r0", "listed in a second cluster, stays in the first")]
     with pytest.raises(ValueError, match="leave val_size and test_size out"):
         run(tmp_path, given, val_size=1, overwrite=True, **options)
@@ -372,6 +373,7 @@ def test_molecules_without_rdkit(tmp_path, monkeypatch):
         ({"val_size": 1.5}, "val_size=1.5: a whole number counts"),
         ({"test_size": -1}, "test_size=-1"),
         ({"val_size": 3}, "take 3 of 3 distinct sequences"),
+        ({"test_size": 0.1}, "test_size=0.1 of 3 distinct sequences is none: raise it, or leave it out"),
         ({"val_size": 1, "val_input": "x"}, "val_size and val_input are both set"),
         ({"members": "x"}, "members and mapping belong together"),
         ({"cluster_column": "x"}, "cluster_column is set without clusters"),
@@ -385,6 +387,12 @@ def test_settings_that_cannot_be(tmp_path, options, match):
     with pytest.raises(ValueError, match=match):
         run(tmp_path, made_up(3), **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.fasta"]
+
+
+def test_no_records_at_all(tmp_path):
+    (tmp_path / "empty.smi").touch()
+    with pytest.raises(ValueError, match=r"empty\.smi holds no records"):
+        prepare(PrepareConfig(input=str(tmp_path / "empty.smi"), output=str(tmp_path / "out")))
 
 
 def test_existing_output_and_mixed_kinds(tmp_path):

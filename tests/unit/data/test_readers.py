@@ -11,6 +11,8 @@ import pytest
 import zstandard
 
 from moltron.data.readers import Record, Reject, Source, expand_inputs, read_records
+from moltron.infer.molecules import COLUMNS
+from moltron.tokenizers import get_tokenizer
 
 PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.ZstdCompressor().compress}
 
@@ -123,7 +125,10 @@ def test_csv_with_quotes_and_line_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("header", "columns", "expected"),
     [
-        ("name,seq,x", {}, ("1", b"2")),  # v1: columns 0 and 1
+        ("name,seq,x", {"sequence_column": "seq"}, ("1", b"2")),
+        ("accession,organism,protein_sequence", {}, ("1", b"3")),
+        ("canonical_smiles,name,smiles_id", {}, ("3", b"1")),
+        ("seq,name", {"id_column": "name"}, ("2", b"1")),
         ("x,sequence,id", {}, ("3", b"2")),
         ("record_id,record_name,sequence", {}, ("1", b"3")),  # v1's UniRef50 shards
         ("a,b,c", {"id_column": "c", "sequence_column": "a"}, ("3", b"1")),
@@ -142,8 +147,14 @@ def test_columns(tmp_path, header, columns, expected):
     ("text", "match"),
     [
         ("", "is empty"),
-        ("only\nx\n", "has one column"),
-        ("a,MKTAYIAKQRQIS\nb,MKT\n", "line 1: a sequence where the names of the columns"),
+        ("only\nx\n", r"none of its columns \(only\) is called sequence or smiles: set sequence_column="),
+        ("accession,organism,seq\nA1,MALE,MKTAYIAK\n", r"none of its columns \(accession, organism, seq\) is called"),
+        ("smiles_in,smiles_out\nC,O\n", r"more than one of its columns \(smiles_in, smiles_out\) is called"),
+        ("a,MKTAYIAKQRQIS\nb,MKT\n", "line 1: a record .* where the names of the columns"),
+        ("P1,MKTAYIAK\nP2,MKT\n", r"line 1: a record \(P1, MKTAYIAK\) where the names"),
+        ("p1,mktayiakqrqis\np2,mkt\n", "line 1: a record"),
+        ("m1,CC(=O)Nc1ccccc1\nm2,CCO\n", "line 1: a record"),
+        ("m1,c1ccccc1\nm2,CCO\n", "line 1: a record"),
         ('id,sequence\na,MKT\nb,"MKT\nc,MKT\n', "line 3: not a table row"),
     ],
 )
@@ -157,10 +168,39 @@ def test_a_column_that_is_not_there(tmp_path):
         read(tmp_path / "a.csv", "id,sequence\na,M\n", sequence_column="seq")
 
 
+@pytest.mark.parametrize("header", ["name,seq", "Entry,Protein", "ID,SEQ", "ACCESSION,PEPTIDE", "x,residues"])
+def test_of_two_columns_the_second_has_the_sequences_and_the_log_says_so(tmp_path, header, caplog):
+    caplog.set_level("INFO", "moltron")
+    assert short(read(tmp_path / "a.csv", f"{header}\np1,MKT\n")) == [("p1", b"MKT", 2)]
+    first, second = header.split(",")
+    assert f"a.csv: ids are read from column {first}, sequences from {second}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "tokenizer", "match"),
+    [
+        ("a.fasta", ">a\nMKTAYIAK\n", "megamolbart", "a.fasta holds proteins, molecules are wanted"),
+        ("m.smi", "CCO\n", "esm2", "m.smi holds molecules, proteins are wanted"),
+        ("m.csv", "name,canonical_smiles\na,CCO\n", "esm2", "m.csv holds molecules, proteins are wanted"),
+        ("m.csv", "id,sequence\na,CC(=O)Nc1ccc(O)cc1\n", "esm2", "line 2 on: 39% of the letters .* in a protein"),
+        ("a.csv", "id,sequence\na,MKTAYIAKQR\n", "megamolbart", "line 2 on: 90% of the letters .* in a molecule"),
+    ],
+)
+def test_another_alphabet_is_an_error(tmp_path, name, content, tokenizer, match):
+    with pytest.raises(ValueError, match=match):
+        read(tmp_path / name, content, tokenizer=get_tokenizer(tokenizer))
+
+
+def test_a_table_that_does_not_say_serves_both_alphabets_and_some_odd_letters_do_no_harm(tmp_path):
+    for tokenizer, sequence in (("esm2", "MKT?-aX*JK1"), ("megamolbart", "CC(=O)[Uuo]N")):
+        items = read(tmp_path / "a.csv", f"id,sequence\na,{sequence}\n", tokenizer=get_tokenizer(tokenizer))
+        assert short(items) == [("a", sequence.encode(), 2)]
+
+
 def test_smiles_files(tmp_path):
-    items = read(tmp_path / "m.smi", "smiles name\nCCO ethanol\n\nC1CC1\nN  two words \n")
+    items = read(tmp_path / "m.smi", "canonical_smiles name\nCCO ethanol\n\nC1CC1\nN  two words \n")
     assert short(items) == [("ethanol", b"CCO", 2), ("m:4", b"C1CC1", 4), ("two words", b"N", 5)]
-    kinds = {"m.smi": "molecule", "a.csv": "molecule", "b.csv": "protein"}
+    kinds = {"m.smi": "molecule", "a.csv": "molecule", "b.csv": None}
     (tmp_path / "a.csv").write_text("id,SMILES\na,C\n")
     (tmp_path / "b.csv").write_text("id,sequence\na,C\n")
     for name, kind in kinds.items():
@@ -198,9 +238,23 @@ def test_single_files_folders_and_literal_brackets(tmp_path):
         expand_inputs(tmp_path / "x[9..1]")
     with pytest.raises(ValueError, match=r"no such file: .*nothing"):
         expand_inputs(tmp_path / "nothing")
+    (tmp_path / "store").mkdir()
+    for name in ("train.arrow", "rejects.tsv", "lengths.png"):
+        (tmp_path / "store" / name).touch()
+    with pytest.raises(ValueError, match=r"store is a prepared store: give what it was made of"):
+        expand_inputs(tmp_path / "store")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="folder without any"):
         expand_inputs(tmp_path / "empty")
+
+
+def test_generated_molecules_are_read_by_name_not_with_a_folder(tmp_path, caplog):
+    caplog.set_level("INFO", "moltron")
+    (tmp_path / "in.csv").write_text("id,smiles\na,CCO\n")
+    (tmp_path / "new.csv").write_text(f"{','.join(COLUMNS)}\na,CCO,0,CCN,1,-1.5,0.4,0.5,1\n")
+    assert expand_inputs(tmp_path) == [str(tmp_path / "in.csv")]
+    assert "a command of moltron wrote them" in caplog.text and "new.csv" in caplog.text
+    assert [(item.id, item.sequence) for item in read_records(tmp_path / "new.csv")] == [("a", b"CCN")]
 
 
 @pytest.mark.parametrize("content", [b">a\nMK\n", gzip.compress(b"id,sequence\na,MK\n")], ids=["fasta", "csv.gz"])
@@ -216,6 +270,12 @@ def test_standard_input(monkeypatch, content):
 def test_unknown_format_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="neither FASTA"):
         read(tmp_path / "a.bin", "hello\n")
+    with pytest.raises(ValueError, match=r"curve\.png is no text in UTF-8: give FASTA"):
+        read(tmp_path / "curve.png", b"\x89PNG\r\n\x1a\n\0\0,\t")
+    with pytest.raises(ValueError, match=r"a\.csv is no text in UTF-8"):
+        read(tmp_path / "a.csv", "id,sequence\na,MKT\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"val\.arrow is a split of a prepared store, which only evaluate reads"):
+        read(tmp_path / "val.arrow", b"ARROW1\0\0")
 
 
 def test_reject_has_what_a_user_needs(tmp_path):

@@ -66,6 +66,9 @@ def test_long_sequences(model):
     [
         (lambda m: m.embed("MKT"), "list of sequences"),
         (lambda m: m.embed(["MKT", " "]), "sequence 1 is empty"),
+        (lambda m: m.embed(["MKT", None]), "sequence 1 is None, a NoneType: give a str"),
+        (lambda m: m.embed([b"MKT"]), "sequence 0 is b'MKT', a bytes: give a str"),
+        (lambda m: m.embed(["MKT", "CC(=O)N"]), r"sequence 1 \(CC\(=O\)N\): 43% of the letters .* in a protein"),
         (lambda m: m.embed(["MKT"], "median"), "pooling='median'"),
         (lambda m: m.embed(["MKT"], layer=3), "layers: 3 is not one of 0 .* 2"),
         (lambda m: m.embed(["MKT"], long="drop"), "long='drop'"),
@@ -75,6 +78,15 @@ def test_long_sequences(model):
 def test_what_cannot_be_done_is_said(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "device=gpu is unknown; there are: auto, cpu, cuda"), ("cpu:7", "is unknown"), ("cuda:99", "torch sees")],
+)
+def test_a_device_that_is_not_there_is_said(model_folder, device, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(model_folder, device=device)
 
 
 def test_importing_moltron_does_not_import_torch():

@@ -172,6 +172,9 @@ def test_long_records_are_rejected_truncated_or_windowed(run, model_folder):
             16 if policy == "window" else None,
         )
         assert not os.path.exists(path + ".rejects.tsv")
+    path, report = run(records, "default.npz", long="window")  # 32 of 64: half a window, for 128 would not fit
+    assert read_any(path)["settings"]["overlap"] == 32
+    assert np.array_equal(read_any(path)["embeddings"][1], model.embed([long], long="window")[0])
     path, report = run(records, "shorter.npz", max_length=12, long="truncate")
     assert np.array_equal(read_any(path)["embeddings"][1], model.embed([long[:10]])[0])
 
@@ -188,6 +191,13 @@ def test_bad_records_are_named_and_the_exit_code_is_3(model_folder, tmp_path, ca
     source.write_text("id,sequence\nA,MKT\n")
     assert main([*arguments, "overwrite=true"]) == 0
     assert read_any(output)["ids"] == ["A"] and not os.path.exists(output + ".rejects.tsv")
+
+
+def test_the_command_says_what_it_did_without_a_terminal(model_folder, fasta, tmp_path):
+    keys = [f"model={model_folder}", f"input={fasta([('a', 'MKJ')])}", "device=cpu"]
+    for command in (["embed", *keys, f"output={tmp_path}/said.npz"], ["evaluate", *keys]):
+        said = subprocess.run([sys.executable, "-m", "moltron", *command], capture_output=True, text=True).stderr
+        assert ("1 sequences in" if command[0] == "embed" else "1 odd letters were mended") in said
 
 
 def test_equal_sequences_of_a_shard_are_embedded_once(run, monkeypatch):
@@ -220,6 +230,8 @@ def test_an_output_that_exists_is_left_alone(run):
         (dict(long="window", overlap=64), "overlap=64"),
         (dict(max_length=2), "max_length=2"),
         (dict(dtype="int8"), "dtype=int8"),
+        (dict(device="gpu"), "device=gpu: there are auto, cpu, cuda"),
+        (dict(device="cpu:7"), "device=cpu:7"),
     ],
 )
 def test_settings_that_cannot_work_leave_nothing_behind(run, tmp_path, keys, message):
@@ -282,6 +294,9 @@ def test_killed_in_mid_run_it_continues(run, model_folder, fasta, tmp_path):
     shards = tmp_path / "killed.npz.shards"
     while process.poll() is None and len(list(shards.glob("*.parquet"))) < 5:
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(ValueError, match=f"killed.npz.lock is held by process {process.pid}"):
+        run(records, "killed.npz", **arguments)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
     found = len(list(shards.glob("*.parquet")))

@@ -10,7 +10,7 @@ import torch
 from moltron.infer.engine import Encoder, Wanted, ahead
 from moltron.infer.windows import merge
 from moltron.models.batch import PackedBatch
-from moltron.models.registry import build_model
+from moltron.models.registry import build_model, get_spec
 
 PAD = 1
 FAMILIES = {
@@ -144,3 +144,25 @@ def test_an_encoder_decoder_embeds_and_gives_no_logits_of_its_encoder():
     assert together.pooled[2].shape == (2, 64) and np.array_equal(together.hiddens[2][0], alone.hiddens[2][0])
     with pytest.raises(ValueError, match="of its decoder's tokens"):
         encoder.encode(ids, Wanted((), None, logits=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_packs_recorded_as_graphs_give_the_same_bits(pooling):
+    model = build_model("esm2", FAMILIES["esm2"], "cpu")
+    model.init_weights(1)
+    encoder = Encoder(model, pad_id=PAD, device="cuda", tokens=2048, plan=get_spec("esm2").plan)
+    ids = make_ids(np.random.default_rng(0).integers(5, 120, 400))
+    wanted = Wanted(layers=(0, 2), pooling=pooling, hiddens=True, logits=True)
+    launched = encoder.encode(ids, wanted)
+    encoder.compile()
+    first, again = encoder.encode(ids, wanted), encoder.encode(ids, wanted)
+    graphs = encoder._forwards[wanted].recordings  # type: ignore[attr-defined]
+    assert any(graphs.values())
+    for layer in wanted.layers:
+        assert np.array_equal(first.pooled[layer], again.pooled[layer])
+        scale = np.abs(launched.pooled[layer]).max()
+        np.testing.assert_allclose(first.pooled[layer] / scale, launched.pooled[layer] / scale, atol=2e-2)
+    for found in ("hiddens", "logits"):
+        one, two = ([*getattr(x, found).values()] if found == "hiddens" else [x.logits] for x in (first, again))
+        assert all(np.array_equal(a, b) for x, y in zip(one, two) for a, b in zip(x, y, strict=True))

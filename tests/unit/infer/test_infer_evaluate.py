@@ -74,6 +74,19 @@ def test_a_broken_record_is_an_error_with_its_line(model_folder, fasta):
         evaluate_file(EvaluateConfig(model=model_folder, input=fasta([("a", "MKT"), ("b", "---")]), device="cpu"))
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (dict(device="cpu:7", tokens=-5), "device=cpu:7 is unknown.*; tokens=-5 must be at least 1"),
+        (dict(molecules=-1), "molecules=-1 must not be negative"),
+        (dict(objective=ObjectiveConfig(name="denoising")), "objective.name=denoising does not suit esm2: .*masked_lm"),
+    ],
+)
+def test_settings_that_cannot_work(model_folder, fasta, keys, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_file(EvaluateConfig(model_folder, fasta([("a", "MKT")]), **keys))
+
+
 def test_the_evaluator_leaves_the_model_as_it_was_and_reads_as_many_packs_as_it_may(model_folder, tmp_path, records):
     with StoreWriter(tmp_path / "val.arrow") as writer:
         writer.add(*zip(*records, strict=True))
@@ -92,7 +105,7 @@ def test_the_evaluator_leaves_the_model_as_it_was_and_reads_as_many_packs_as_it_
 
 def test_molecules_are_refused_by_a_model_of_proteins(model_folder, tmp_path):
     (tmp_path / "in.smi").write_text("CCO ethanol\n")
-    with pytest.raises(ValueError, match=r"in\.smi holds molecules \(SMILES\), proteins are wanted"):
+    with pytest.raises(ValueError, match=r"in\.smi holds molecules, proteins are wanted"):
         evaluate_file(EvaluateConfig(model_folder, str(tmp_path / "in.smi")))
     with pytest.raises(ValueError, match=r"in\.smi holds molecules"):
         embed(EmbedConfig(model_folder, str(tmp_path / "in.smi"), str(tmp_path / "out.npz")))

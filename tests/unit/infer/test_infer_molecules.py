@@ -2,15 +2,17 @@
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
 
 from moltron.checkpoint.weights import save_pretrained
-from moltron.config.schema import GenerateConfig
+from moltron.config.schema import EvaluateConfig, GenerateConfig
 from moltron.data.store import Clusters, StoreWriter
-from moltron.infer import molecules
+from moltron.infer import chemistry, molecules
 from moltron.infer.api import Model, load_model
+from moltron.infer.evaluate import evaluate_file
 from moltron.infer.generate import Hypothesis
 from moltron.infer.sampling import METHODS, Sampling, interpolate
 from moltron.models.registry import build_model, get_spec
@@ -158,5 +160,30 @@ def test_what_cannot_work_is_said(run, folder, model_folder, tmp_path):
         load_model(model_folder).decode([np.zeros((3, 48), np.float32)])
     with pytest.raises(ValueError, match="puts no token before a sequence"):
         load_model(folder).embed(["CCO"], "cls")
+    for sequence in ("not a smiles", "MKTAYIAKQRQISFVKSHFSRQ"):
+        with pytest.raises(ValueError, match=rf"sequence 1 \({sequence}\): \d\d% of the letters .* in a molecule"):
+            load_model(folder).embed(["CCO", sequence])
+    with pytest.raises(ValueError, match=r"hidden states 1 have shape \(3, 7\), the model's are \(tokens, 32\)"):
+        load_model(folder).decode([np.zeros((2, 32), np.float32), np.zeros((3, 7), np.float32)])
+    (tmp_path / "long.smi").write_text(f"CCO\n{'C' * 30} long\n")
+    with pytest.raises(
+        ValueError, match="record 'long' has 30 tokens, the model reads 23, and molecules are not cropped"
+    ):
+        evaluate_file(EvaluateConfig(folder, str(tmp_path / "long.smi"), device="cpu"))
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device={device}"):
+            run([], device=device, overwrite=True)
     with pytest.raises(ValueError, match="has not two molecules"):
         run([], records=["CCO"], method="interpolate", overwrite=True)
+
+
+def test_without_libraries_to_draw_there_is_no_picture_but_a_word(tmp_path, monkeypatch, caplog):
+    """As in a slim container: `from rdkit.Chem import Draw` fails on libXrender.so.1."""
+    pytest.importorskip("rdkit", reason="RDKit is not installed")
+    monkeypatch.delitem(sys.modules, "rdkit.Chem.Draw", raising=False)
+    monkeypatch.delattr("rdkit.Chem.Draw", raising=False)
+    monkeypatch.setitem(sys.modules, "rdkit.Chem.Draw", None)
+    assert chemistry.canonical("OCC") == "CCO"
+    with caplog.at_level("WARNING", logger="moltron"):
+        chemistry.draw_grid(tmp_path / "grid.png", [("CCO", [])])
+    assert "no picture" in caplog.text and not (tmp_path / "grid.png").exists()

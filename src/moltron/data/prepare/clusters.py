@@ -29,6 +29,7 @@ class Assignment:
     keys: np.ndarray  # (N,) the cluster's key; in none: that of its own id
     split: np.ndarray | None  # (N,) uint8, if the table has a column `split`
     num_alone: int  # rows in no cluster
+    num_absent: int  # lines of ids that are not in the input
 
 
 def read_clusters(path: str, column: str | None, spool: Spool, rows: np.ndarray, rejects: Rejects) -> Assignment:
@@ -41,6 +42,7 @@ def read_clusters(path: str, column: str | None, spool: Spool, rows: np.ndarray,
     keys = spool.id_keys.copy()
     split = np.zeros(len(keys), dtype=np.uint8)
     known = np.zeros(len(keys), dtype=bool)
+    num_absent = 0
     with Source(path, plain=True) as source:
         table, id_at, cluster_at, split_at = _open_table(source, column)
         width = max(id_at, cluster_at, split_at) + 1
@@ -49,6 +51,7 @@ def read_clusters(path: str, column: str | None, spool: Spool, rows: np.ndarray,
                 if len(row) < width:
                     raise ValueError(f"{path}, line {line}: fewer than {width} columns")
             found = lookup.find(keys_of(row[id_at] for _, row in chunk))
+            num_absent += int((found < 0).sum())
             labels = keys_of(row[cluster_at] for _, row in chunk)
             for at in np.flatnonzero(found >= 0):
                 (line, row), here = chunk[at], found[at]
@@ -64,7 +67,7 @@ def read_clusters(path: str, column: str | None, spool: Spool, rows: np.ndarray,
         spool.sources.append(source.describe(source.line))
     if not known.any():
         raise ValueError(f"{path} has none of the input's ids: is it the table of another input?")
-    return Assignment(keys, split if split_at >= 0 else None, len(rows) - int(known.sum()))
+    return Assignment(keys, split if split_at >= 0 else None, len(rows) - int(known.sum()), num_absent)
 
 
 def _open_table(source: Source, column: str | None) -> tuple[Rows, int, int, int]:

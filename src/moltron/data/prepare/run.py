@@ -60,6 +60,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         with progress, closing(Spool(stage / "spool.arrow", config, rejects, progress, workers)) as spool:
             for role, named in files.items():
                 spool.read(named, role)
+        if not spool.num_read:
+            raise ValueError(f"{config.input} holds no records")
         if not len(spool):
             raise ValueError(
                 f"{config.input}: none of its {spool.num_read} records can be used: {dict(rejects.counts)}"
@@ -86,6 +88,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         }
         if table is not None:
             manifest["clusters"]["records_in_no_cluster"] = table.num_alone  # each became a cluster of its own
+            manifest["clusters"]["members_not_in_input"] = table.num_absent
         elif mapping is not None:
             manifest["clusters"]["clusters_not_in_input"] = mapping.num_absent
         draw_lengths(stage / "lengths.png", statistics)

@@ -106,7 +106,11 @@ def _within(keys: np.ndarray, scope: np.ndarray) -> np.ndarray:
 
 def _draw(keys: np.ndarray, units: np.ndarray, config: PrepareConfig, what: str) -> np.ndarray:
     """-> (N,) int8: where the rows in `units` go; TRAIN for all others."""
-    sizes = [round(size) if size >= 1 else round(size * len(units)) for size in (config.val_size, config.test_size)]
+    asked = {"val_size": config.val_size, "test_size": config.test_size}
+    sizes = [round(size) if size >= 1 else round(size * len(units)) for size in asked.values()]
+    for (key, size), count in zip(asked.items(), sizes):
+        if size and not count:
+            raise ValueError(f"{key}={size:g} of {len(units)} {what} is none: raise it, or leave it out")
     if sum(sizes) >= len(units) > 0:
         raise ValueError(
             f"val_size={config.val_size:g}, test_size={config.test_size:g} take {sum(sizes)} of {len(units)} {what}: "

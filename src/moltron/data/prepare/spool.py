@@ -22,8 +22,8 @@ from moltron.common.logging import Progress
 from moltron.config.schema import PrepareConfig
 from moltron.data.prepare.keys import key
 from moltron.data.prepare.molecules import CHUNK, LONGEST, Workers, canonicalize
-from moltron.data.readers import Record, Reject, Source
-from moltron.tokenizers.residues import clean
+from moltron.data.readers import Record, Reject, Source, check_alphabet
+from moltron.tokenizers import clean, get_tokenizer
 
 _SCHEMA = pa.schema([("id", pa.string()), ("sequence", pa.string()), ("line", pa.int64())])
 _BATCH_ROWS, _BATCH_LETTERS = 1 << 16, 8 << 20  # a record batch is full with either
@@ -67,11 +67,10 @@ class Spool:
         """Raises: ValueError, see readers."""
         for file in files:
             with Source(file, self._config.id_column, self._config.sequence_column) as source:
-                self.kind = self.kind or source.kind
-                if self._config.kind is None and source.kind != self.kind:
-                    raise ValueError(
-                        f"{file} looks like kind={source.kind}, the input before it like {self.kind}: set kind"
-                    )
+                kind = source.kind or "protein"
+                self.kind = self.kind or kind
+                if self._config.kind is None and kind != self.kind:
+                    raise ValueError(f"{file} looks like kind={kind}, the input before it like {self.kind}: set kind")
                 _check_kind(self._config, self.kind)
                 self._read(source, role)
                 self.sources.append(source.describe())
@@ -105,7 +104,7 @@ class Spool:
         self._flush([ids, sequences, lines], source, role)
 
     def _proteins(self, source: Source) -> Iterator[Prepared]:
-        for item in source.records():
+        for item in check_alphabet(source.records(), get_tokenizer("esm2")):
             if isinstance(item, Reject):
                 yield item, b"", 0, None
             else:

@@ -29,8 +29,7 @@ class MegaMolBartConfig:
 
 class MegaMolBart(EncoderDecoder):
     def __init__(self, config: MegaMolBartConfig):
-        head_dim = config.hidden_size // config.num_heads
-        style = Style(config.hidden_size, config.num_heads, head_dim, config.ffn_size, config.layer_norm_eps)
-        super().__init__(
-            config, style, positions=True, head=lambda rows: Head(config.hidden_size, rows, tied=False, bias=False)
-        )
+        c = config
+        style = Style(c.hidden_size, c.num_heads, c.hidden_size // c.num_heads, c.ffn_size, c.layer_norm_eps)
+        head = lambda: Head(c.hidden_size, c.vocab_size, tied=False, bias=False)  # noqa: E731
+        super().__init__(c, style, positions=True, head=head)

@@ -54,7 +54,7 @@ class ProtT5(EncoderDecoder):
         if config.architecture == "nv":
             style = Style(c.hidden_size, c.num_heads, default, c.ffn_size, c.norm_eps)
             super().__init__(
-                config, style, positions=True, head=lambda rows: Head(c.hidden_size, rows, tied=True, bias=True)
+                config, style, positions=True, head=lambda: Head(c.hidden_size, c.vocab_size, tied=True, bias=True)
             )
             return
         style = Style(
@@ -75,5 +75,5 @@ class ProtT5(EncoderDecoder):
             config,
             style,
             positions=False,
-            head=lambda rows: Head(c.hidden_size, rows, tied=c.tied_head, bias=False, scale=scale),
+            head=lambda: Head(c.hidden_size, c.vocab_size, tied=c.tied_head, bias=False, scale=scale),
         )

@@ -46,7 +46,9 @@ def test_recorded_is_launched_bit_for_bit(loader, precision, name):
     device = collectives.init("cuda")
     steps = [step for step, _ in zip(loader.steps(), range(8))]
     found = []
+    loader.objective.compile()
     for graphs in (True, False):
+        torch._dynamo.reset()
         spec = get_spec("esm2")
         model = parallelize(build_model("esm2", SIZES), spec.plan, device, precision=precision, compile=True)
         model.init_weights(0, assign_full)
