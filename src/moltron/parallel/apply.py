@@ -133,6 +133,15 @@ def load_full_state(model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> No
         raise ValueError(f"no weights for {', '.join(sorted(parameters))}")
 
 
+def reshard(model: nn.Module) -> None:
+    """Drop gathered weights, which a forward without a backward leaves: parameters are the fp32 masters again."""
+    pipeline = pipeline_of(model)
+    for part in [model] if pipeline is None else pipeline.stages.values():
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 def total_norm(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
     """The norm of all parameters, or of all their gradients, over all ranks: 0-dim. tensors: this rank's, by name."""
     pipeline = pipeline_of(model)

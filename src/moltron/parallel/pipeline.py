@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
 
@@ -178,9 +177,6 @@ class Pipeline:
                 result = left.contiguous()  # type: ignore[union-attr]
             for x in left if i < self.num_stages - 1 else ():
                 dist.send(x, self.ranks[(i + 1) % pp], self.group)
-            for module in stage.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
         dist.broadcast(result, self.ranks[-1], self.group)
         return Output(result.new_empty(0), result, {})
 

@@ -34,7 +34,7 @@ from moltron.models.registry import architecture_problems, build_model, get_spec
 from moltron.models.spec import ModelSpec, num_parameters
 from moltron.objectives import OBJECTIVES, Objective
 from moltron.parallel import collectives
-from moltron.parallel.apply import assign_full, load_full_state, parallelize
+from moltron.parallel.apply import assign_full, load_full_state, parallelize, reshard
 from moltron.parallel.mesh import mesh_shape
 from moltron.parallel.pipeline import SCHEDULES, num_stages, pipeline_of
 from moltron.parallel.precision import DTYPES, resolve_precision
@@ -91,6 +91,7 @@ class Run:
 
         copies: also what this rank has of another stage's, which that one saves.
         """
+        reshard(self.model)
         weights = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         pipeline = pipeline_of(self.model)
         others = () if copies or pipeline is None else tuple(f".{name}" for name in pipeline.copies)

@@ -9,7 +9,10 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from moltron.checkpoint.manager import find_good, read_manifest
+from moltron.cli.main import main
 from moltron.train.loop import train
 
 TRAIN_ALL = """
@@ -42,6 +45,8 @@ RUNS = {
     "tensor": (*SHORT, "parallel.tp=2"),
     "context": (*SHORT, "parallel.cp=2"),
     "pipeline": (*SHORT, "parallel.pp=2"),
+    "half": (*SHORT, "train.precision=bf16"),
+    "half pipeline": (*SHORT, "train.precision=bf16", "parallel.pp=2", "optim.name=muon"),
 }
 
 
@@ -106,6 +111,21 @@ def test_two_ranks_are_one_process(both, read_lines, read_state, name, tolerance
     for key in expected:
         if key.startswith("model."):
             torch.testing.assert_close(state[key], expected[key], rtol=0, atol=5e-3 if name == "muon" else 2e-5)
+
+
+@pytest.mark.parametrize("name", ["half", "half pipeline"])
+def test_a_checkpoint_after_an_evaluation_has_the_masters(both, name):
+    """Not the weights in half precision that an evaluation has gathered."""
+    path = find_good(both / "two" / name / "checkpoints")
+    assert path.name == "step-00000003"  # where it was evaluated
+    assert {dtype for dtype, _ in read_manifest(path).tensors.values()} == {"float32"}
+
+
+def test_a_pipeline_is_converted(both, read_state, tmp_path):
+    main(["convert", f"input={both / 'two' / 'pipeline'}", f"output={tmp_path / 'out'}", "format=moltron"])
+    weights, (*_, state) = load_file(tmp_path / "out" / "model.safetensors"), read_state(both / "two" / "pipeline")
+    for name, value in weights.items():
+        assert torch.equal(value, state[f"model.{name}"]), name
 
 
 def test_a_signal_to_one_rank_stops_both_at_one_step(both, read_state):

@@ -65,7 +65,8 @@ EIGHT = {
 }
 EVERYDAY, SLOW = ["esm2", "megamolbart"], ["esm1b", "prott5nv"]
 MUON = ["dp_shard 4", "dp_replicate 2, tp 2", "cp 2, tp 2", "pp 2, dp_shard 2"]
-PAIRS = [(saved, layout) for i, saved in enumerate(LAYOUTS) for layout in [*LAYOUTS][i + 1 : i + 3][: max(0, 2 - i // 5)]]
+NEXT = [2] * 5 + [1] * 5  # of a layout's checkpoint: so many of the layouts after it read it
+PAIRS = [(saved, layout) for i, (saved, n) in enumerate(zip(LAYOUTS, NEXT)) for layout in [*LAYOUTS][i + 1 : i + 1 + n]]
 PAIRS += [("pp 4", "dp_shard 4"), ("pp 2, dp_shard 2", "pp 2, tp 2, interleaved, recomputed")]
 PAIRS += [("dp_shard 4", "pp 2, dp_shard 2, interleaved"), ("pp 2, tp 2", "cp 2, tp 2")]
 STEPS, PACKS, TOKENS = 3, 4, 64
