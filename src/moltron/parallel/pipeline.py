@@ -125,7 +125,11 @@ class Pipeline:
         self._find_copies(sorted({name for name in names if names.count(name) > 1}))
 
     def _find_copies(self, names: list[str]) -> None:
-        """names: of modules that two stages hold, on two ranks."""
+        """names: of modules that two stages hold, on two ranks.
+
+        These send each other their gradients: a group that only they make would put the names of their later ones out
+        of step with what the ranks between them count.
+        """
         self.copies: set[str] = set()
         self.shared: list[tuple[str, int]] = []  # and the rank that holds the other copy
         for name in names:
