@@ -115,24 +115,37 @@ def _metric_of(path: Path) -> float:
 def load_tensors(path: str | Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> Manifest:
     """Fill `tensors` in place from a checkpoint of any number of ranks; values are cast to the tensors' dtype.
 
-    For each first part of a name (`model`, `optim`) that `tensors` has, the names must be the checkpoint's exactly, so
-    that nothing is left out by accident. Raises CheckpointError listing names and shapes that differ.
+    For each first part of a name (`model`, `optim`) that `tensors` has, the names, those of all ranks of `group`
+    together, must be the checkpoint's exactly, so that nothing is left out by accident. Raises CheckpointError, on all
+    ranks, listing names and shapes that differ.
     """
     manifest = read_manifest(path)
     groups = {name.split(".")[0] for name in tensors}
     stored = {name: entry for name, entry in manifest.tensors.items() if name.split(".")[0] in groups}
     problems = [f"{name} is not in the checkpoint" for name in tensors if name not in stored]
-    problems += [f"{name} is in the checkpoint only" for name in stored if name not in tensors]
     problems += [
         f"{name} has shape {stored[name][1]} in the checkpoint, {list(tensor.shape)} here"
         for name, tensor in tensors.items()
         if name in stored and stored[name][1] != list(tensor.shape)
     ]
+    ranks = _gather((list(tensors), problems), group)
+    held = {name for names, _ in ranks for name in names}
+    problems = list(dict.fromkeys(problem for _, found in ranks for problem in found))
+    problems += [f"{name} is in the checkpoint only" for name in stored if name not in held]
     if problems:
         more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{path} does not fit: {'; '.join(problems[:8])}{more}")
     read_shards(Path(path), tensors, group)
     return manifest
+
+
+def _gather(value: Any, group: dist.ProcessGroup | None) -> list:
+    """The values of all ranks; None: of this one alone."""
+    values: list = [value]
+    if group is not None:
+        values = [None] * dist.get_world_size(group)
+        dist.all_gather_object(values, value, group=group)
+    return values
 
 
 class CheckpointManager:
@@ -160,7 +173,8 @@ class CheckpointManager:
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any], metric: float | None = None) -> None:
         """Copy the state to the host and write it in the background.
 
-        tensors: DTensors, or plain tensors that are the same on all ranks. meta: plain values for JSON, rank 0's is
+        tensors: DTensors, which several ranks may share and others not have, or plain tensors that are the same on all
+        ranks. meta: plain values for JSON, rank 0's is
         kept. Waits for the save before; raises CheckpointError if that one failed. The caller may change the tensors
         as soon as this returns.
         """
@@ -169,13 +183,12 @@ class CheckpointManager:
             meta = json.loads(json.dumps(meta, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"the meta of a checkpoint holds plain values only: {error}") from error
-        content = {
-            "step": step,
-            "metric": None if metric is None or math.isnan(metric) else float(metric),
-            "meta": meta,
-            "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()},
-        }
-        self._pending = self._thread.submit(self._write, step, self._stage(tensors), content)
+        metric = None if metric is None or math.isnan(metric) else float(metric)
+        content = {"step": step, "metric": metric, "meta": meta}
+        staged = self._stage(tensors)
+        begun = [name for name, (_, offset) in staged.items() if not any(offset)]  # each tensor begins on one rank
+        entries = {n: [str(tensors[n].dtype).removeprefix("torch."), list(tensors[n].shape)] for n in begun}
+        self._pending = self._thread.submit(self._write, step, staged, entries, content)
 
     def wait(self) -> None:
         """Until the last save is on disk. Raises CheckpointError, on all ranks, if it could not be written."""
@@ -204,12 +217,7 @@ class CheckpointManager:
         return load_tensors(path, tensors, self.group).meta
 
     def _gather(self, value: Any) -> list:
-        """The values of all ranks."""
-        if self.group is None:
-            return [value]
-        values: list = [None] * self.world
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return _gather(value, self.group)
 
     def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
         staged: dict[str, Chunk] = {}
@@ -226,7 +234,7 @@ class CheckpointManager:
             torch.cuda.current_stream().synchronize()
         return staged
 
-    def _write(self, step: int, staged: dict[str, Chunk], content: dict) -> None:
+    def _write(self, step: int, staged: dict[str, Chunk], entries: dict[str, list], content: dict) -> None:
         partial = self.folder / f".step-{step:08d}.partial"
         shard = f"shard-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
 
@@ -237,11 +245,14 @@ class CheckpointManager:
 
         def publish() -> None:
             if self.rank == 0:
-                content["files"] = {name: entry for part in files for name, entry in part.items()}
+                content["tensors"] = {name: entry for part, _ in written for name, entry in sorted(part.items())}
+                content["files"] = {name: entry for _, part in written for name, entry in part.items()}
                 self._publish(partial, content)
 
         self._together(step, partial, prepare)
-        files = self._together(step, partial, lambda: {shard: write_shard(partial / shard, staged)} if staged else {})
+        written = self._together(
+            step, partial, lambda: (entries, {shard: write_shard(partial / shard, staged)} if staged else {})
+        )
         self._together(step, partial, publish)
 
     def _together(self, step: int, partial: Path, action: Callable[[], Any]) -> list:

@@ -193,7 +193,7 @@ class Stack(nn.Module):
             x_TD = layer(x_TD, layout, bias, *memory)
             if i in hidden_layers:
                 hiddens[i] = x_TD
-        x_TD = self.norm(x_TD)
+        x_TD = x_TD if self.norm is None else self.norm(x_TD)
         if len(self.layers) in hidden_layers:
             hiddens[len(self.layers)] = x_TD
         return x_TD, hiddens

@@ -126,8 +126,10 @@ class Output:
     hidden: (T, D) after the final norm. logits: (M, V) where the batch has targets, None without; V is the true
     vocabulary, padding rows are cut off. hiddens: the layers asked for, each (T, D): 0 is the embedding output,
     i the output of block i, the last one after the final norm (as in `transformers`' and fair-esm's lists).
+    streams: of a pipeline stage that is not the last, the hidden states that the next one takes.
     """
 
     hidden: Tensor
     logits: Tensor | None
     hiddens: dict[int, Tensor]
+    streams: tuple[Tensor, ...] = ()

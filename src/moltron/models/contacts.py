@@ -27,7 +27,7 @@ def predict_contacts(model: Encoder, batch: PackedBatch) -> Tensor:
     if head is None:
         raise ValueError("this model has no contact head; ESM-1b and ESM-2 have one")
     length = batch.layout.lengths[0]
-    x_TD, rotary = model.embed_tokens(batch)
+    x_TD, rotary = model.embed_tokens(batch), model.rotary(batch)
     weight_LN = head.weight.float().view(len(model.layers), -1)
     rotary_one = None if rotary is None else (rotary[0][:length], rotary[1][:length])
     logits = head.bias.float()

@@ -62,24 +62,32 @@ class Encoder(nn.Module):
             self, seed=seed, std=c.init_std, depths={"layers.": c.num_layers}, vocab_size=c.vocab_size, assign=assign
         )
 
-    def embed_tokens(self, batch: PackedBatch) -> tuple[Tensor, Rotary]:
-        """(T, D) that enters the first block, and the rotary table that all blocks share."""
+    def embed_tokens(self, batch: PackedBatch) -> Tensor:
+        """(T, D) that enters the first block."""
         raise NotImplementedError
 
-    def forward(self, batch: PackedBatch, hidden_layers: Collection[int] = ()) -> Output:
-        x_TD, rotary = self.embed_tokens(batch)
+    def rotary(self, batch: PackedBatch) -> Rotary:
+        """The table that all blocks share; None: positions are in the embedding."""
+        return None
+
+    def forward(
+        self, batch: PackedBatch, hidden_layers: Collection[int] = (), streams: tuple[Tensor, ...] = ()
+    ) -> Output:
+        """streams: of a pipeline stage, what the stage before gave in `Output.streams`."""
+        x_TD = streams[0] if streams else self.embed_tokens(batch)
+        rotary = self.rotary(batch)
         hiddens = {0: x_TD} if 0 in hidden_layers else {}
         for i, block in enumerate(self.layers.values(), start=1):
             x_TD = block(x_TD, batch.layout, rotary)
             if i in hidden_layers:
                 hiddens[i] = x_TD
-        x_TD = self.norm(x_TD)
+        x_TD = x_TD if self.norm is None else self.norm(x_TD)
         if len(self.layers) in hidden_layers:
             hiddens[len(self.layers)] = x_TD
         logits = None
-        if batch.target_positions is not None:
+        if self.head is not None and batch.target_positions is not None:
             logits = self.logits(x_TD.index_select(0, batch.target_positions))
-        return Output(x_TD, logits, hiddens)
+        return Output(x_TD, logits, hiddens, (x_TD,))
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """(M, D) after the final norm → (M, V); padding rows of the vocabulary are cut off."""

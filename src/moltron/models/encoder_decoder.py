@@ -34,6 +34,7 @@ TENSOR = {  # of a ParallelPlan, for both families
     "decoder.norm": "norm, gather tokens",
     "head": "replicate",
 }
+STAGES = ("embed", "embed_positions", "encoder.layers.*", "encoder.norm", "decoder.layers.*", "decoder.norm", "head")
 
 
 class Head(nn.Module):
@@ -49,10 +50,11 @@ class Head(nn.Module):
         self.weight = None if tied else nn.Parameter(torch.empty(padded_vocab, hidden_size))
         self.bias = nn.Parameter(torch.empty(padded_vocab)) if bias else None
 
-    def forward(self, hidden_MD: Tensor, embedding_VD: Tensor) -> Tensor:
+    def forward(self, hidden_MD: Tensor, embedding_VD: Tensor | None) -> Tensor:
         hidden_MD = hidden_MD if self.scale == 1.0 else hidden_MD * self.scale
-        logits = F.linear(hidden_MD, embedding_VD if self.weight is None else self.weight, self.bias)
-        return logits[:, : self.vocab_size]
+        weight_VD = embedding_VD if self.weight is None else self.weight
+        assert weight_VD is not None
+        return F.linear(hidden_MD, weight_VD, self.bias)[:, : self.vocab_size]
 
 
 class EncoderDecoder(nn.Module):
@@ -79,31 +81,35 @@ class EncoderDecoder(nn.Module):
         depths = {"encoder.": c.num_layers, "decoder.": c.num_decoder_layers}
         init_by_name(self, seed=seed, std=c.init_std, depths=depths, vocab_size=c.vocab_size, assign=assign)
 
-    def forward(self, batch: PackedBatch, hidden_layers: Collection[int] = ()) -> Output:
+    def forward(
+        self, batch: PackedBatch, hidden_layers: Collection[int] = (), streams: tuple[Tensor, ...] = ()
+    ) -> Output:
         """With a decoder's stream its hidden state (U, D) and logits at the targets, without one the encoder's (T, D).
 
-        Output.hiddens are the encoder's in both cases.
+        Output.hiddens are the encoder's in both cases. streams: of a pipeline stage, what the stage before gave in
+        `Output.streams`: the memory so far and the decoder's hidden state, which is its embedding to begin with.
         """
-        memory_TD, hiddens = self._encode(batch, hidden_layers)
-        if batch.decoder_ids is None:
+        x_TD, *x_UD = streams or self._embed_streams(batch)
+        memory_TD, hiddens = self.encoder(x_TD, batch.layout, hidden_layers=hidden_layers)
+        if not x_UD:
             return Output(memory_TD, None, hiddens)
-        assert batch.decoder_layout is not None
         decoder = self.decoder or self._no_decoder()
-        x_UD = self._embed(batch.decoder_ids, batch.decoder_layout.positions)
-        x_UD, _ = decoder(x_UD, batch.decoder_layout, memory_TD, batch.layout)
+        x_UD, _ = decoder(*x_UD, batch.decoder_layout, memory_TD, batch.layout)
         logits = None
-        if batch.targets is not None:
+        if self.head is not None and batch.targets is not None:
             at = batch.target_positions
             logits = self.logits(x_UD if at is None else x_UD.index_select(0, at))
-        return Output(x_UD, logits, hiddens)
+        return Output(x_UD, logits, hiddens, (memory_TD, x_UD))
 
     def encode(self, batch: PackedBatch) -> Tensor:
         """(T, D) after the encoder's norm: the memory that `start` takes."""
-        return self._encode(batch)[0]
+        return self.encoder(self._embed(batch.ids, batch.layout.positions), batch.layout)[0]
 
-    def _encode(self, batch: PackedBatch, hidden_layers: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+    def _embed_streams(self, batch: PackedBatch) -> tuple[Tensor, ...]:
         x_TD = self._embed(batch.ids, batch.layout.positions)
-        return self.encoder(x_TD, batch.layout, hidden_layers=hidden_layers)
+        if batch.decoder_ids is None or batch.decoder_layout is None:
+            return (x_TD,)
+        return x_TD, self._embed(batch.decoder_ids, batch.decoder_layout.positions)
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -111,7 +117,8 @@ class EncoderDecoder(nn.Module):
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """(M, D) after the decoder's norm → (M, V); padding rows of the vocabulary are cut off."""
-        return self.head(hidden_MD, self.embed.weight)
+        embedding_VD = None if self.embed is None else self.embed.weight  # not here where a stage has no need of it
+        return self.head(hidden_MD, embedding_VD)
 
     @torch.no_grad()
     def start(self, memory_TD: Tensor, layout: Layout, capacity: int, num_sequences: int | None = None) -> Cache:

@@ -22,6 +22,8 @@ class ParallelPlan:
     methods: what else than forward is called on the model and on its units, and so has to gather weights first.
     tensor: how tensor parallelism cuts a module (`parallel.tensor.STYLES`); what a model does not have is passed over.
     context: between which modules context parallelism shares tokens: the first block, the norm behind the last.
+    stages: all modules in the forward's order, as pipeline stages share them out: each begins with a block (a match of
+        `units`). What is named twice is a copy, whose gradients are added up. A model does without what others hold.
     """
 
     units: tuple[str, ...]
@@ -29,6 +31,7 @@ class ParallelPlan:
     methods: tuple[str, ...] = ()
     tensor: Mapping[str, str] = field(default_factory=dict)
     context: tuple[str, str] = ("layers.0", "norm")
+    stages: tuple[str, ...] = ()
 
 
 def block_plan(blocks: str, crosses: bool = False) -> dict[str, str]:

@@ -1,20 +1,21 @@
 """Parallelism is applied to a model, never written into it; this is the only place that knows the order.
 
-    model on meta ── context, tensor ── recompute ── compile ─┬─ several ranks: FSDP2, units, then rest ─┬─ memory
-                                                              └─ one rank: weights cast by `compute_in` ─┘
+    model on meta ── pipeline ── context, tensor ── recompute ── compile ─┬─ several ranks: FSDP2 ────┬─ memory
+                                                                          └─ one rank: `compute_in` ──┘
 
-Compile comes after recompute, so that it sees what is computed twice, and before FSDP2, so that the hooks that gather
-weights stay outside of the compiled graphs.
+FSDP2 wraps units, then the rest; on one rank weights are cast when the model is called. Compile comes after recompute,
+so that it sees what is computed twice, and before FSDP2, so that the hooks that gather weights stay outside of the
+compiled graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -24,22 +25,18 @@ from moltron.models.spec import ParallelPlan
 from moltron.parallel.collectives import world_size
 from moltron.parallel.context import enter_context, leave_context
 from moltron.parallel.mesh import build_mesh, data_mesh
+from moltron.parallel.pipeline import Pipeline, matches, pipeline_of
 from moltron.parallel.precision import DTYPES, compute_in, mixed_precision
 from moltron.parallel.recompute import recompute_units
 from moltron.parallel.tensor import own_part, stacked, tensor_parallel
 
 
 def units(model: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
-    """The modules that the plan's globs name, in the model's order. A glob that hits nothing is an error."""
-    found = {name: module for name, module in model.named_modules() for glob in plan.units if _matches(name, glob)}
-    for glob in plan.units:
-        if not any(_matches(name, glob) for name in found):
-            raise ValueError(f"the plan's glob {glob!r} names no module")
-    return list(found.values())
-
-
-def _matches(name: str, glob: str) -> bool:
-    return name.count(".") == glob.count(".") and fnmatchcase(name, glob)
+    """The modules that the plan's globs name, in the model's order; there must be some."""
+    found = [module for name, module in model.named_modules() if matches(name, plan.units)]
+    if not found:
+        raise ValueError(f"the plan's globs {', '.join(plan.units)} name no module")
+    return found
 
 
 def compile_units(model: nn.Module, plan: ParallelPlan, around: bool = True) -> None:
@@ -60,34 +57,48 @@ def parallelize(
     compile: bool,
     config: ParallelConfig | None = None,
 ) -> nn.Module:
-    """Make a model on the meta device ready for `device` and the current world; its memory is not filled yet."""
-    config, mesh = config or ParallelConfig(), None
-    if world_size() > 1:
-        mesh = build_mesh(config, world_size(), device.type)
-        first, norm = plan.context
-        if config.cp > 1:
-            enter_context(model, first, mesh["cp"])
-        if config.tp > 1:
-            tensor_parallel(model, plan.tensor, mesh["tp"])
-        if config.cp > 1:
-            leave_context(model, norm, mesh["cp"])
-    recompute_units(units(model, plan), config.recompute, config.recompute_every)
-    if compile:
-        compile_units(model, plan, around=config.tp * config.cp == 1)
-    methods = [name for name in plan.methods if hasattr(model, name)]
-    if mesh is None and precision != "fp32":
-        compute_in(model, DTYPES[precision], units(model, plan), ("forward", *methods))
-    elif mesh is not None:
-        settings: dict[str, Any] = dict(
-            mesh=data_mesh(mesh),
-            mp_policy=mixed_precision(precision),
-            reshard_after_forward=config.reshard_after_forward,
-        )
-        for module in (*units(model, plan), model):
+    """Make a model on the meta device ready for `device` and the current world; its memory is not filled yet.
+
+    Of a pipeline, the model that is returned has this rank's modules only, see `Pipeline.model`.
+    """
+    config = config or ParallelConfig()
+    if world_size() == 1:
+        _prepare_blocks(model, plan, config, compile, None)
+        if precision != "fp32":
+            methods = [name for name in plan.methods if hasattr(model, name)]
+            compute_in(model, DTYPES[precision], units(model, plan), ("forward", *methods))
+        return model.to_empty(device=device)
+    mesh, parts = build_mesh(config, world_size(), device.type), [(model, model)]  # what is wrapped, what is in it
+    if config.pp > 1:
+        dtype = next(model.parameters()).dtype if precision == "fp32" else DTYPES[precision]
+        pipeline = Pipeline(model, plan, config, mesh["pp"], dtype)
+        parts = [(stage, stage.model) for stage in pipeline.stages.values()]
+    policy, shards = mixed_precision(precision), data_mesh(mesh)
+    settings: Any = dict(mesh=shards, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    for root, part in parts:
+        _prepare_blocks(part, plan, config, compile, mesh)
+        for module in (*units(part, plan), root):
             fully_shard(module, **settings)
             for method in (name for name in plan.methods if hasattr(module, name)):
                 register_fsdp_forward_method(module, method)
-    return model.to_empty(device=device)
+        root.to_empty(device=device)
+    return model
+
+
+def _prepare_blocks(
+    model: nn.Module, plan: ParallelPlan, config: ParallelConfig, compile: bool, mesh: DeviceMesh | None
+) -> None:
+    """All that comes before weights are cast or sharded."""
+    first, norm = plan.context
+    if mesh is not None and config.cp > 1:
+        enter_context(model, first, mesh["cp"])
+    if mesh is not None and config.tp > 1:
+        tensor_parallel(model, plan.tensor, mesh["tp"])
+    if mesh is not None and config.cp > 1:
+        leave_context(model, norm, mesh["cp"])
+    recompute_units(units(model, plan), config.recompute, config.recompute_every)
+    if compile:
+        compile_units(model, plan, around=config.tp * config.cp == 1)
 
 
 def assign_full(parameter: nn.Parameter, value: Tensor) -> None:
@@ -124,9 +135,20 @@ def load_full_state(model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> No
 
 def reshard(model: nn.Module) -> None:
     """Drop gathered weights, which a forward without a backward leaves: parameters are the fp32 masters again."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    pipeline = pipeline_of(model)
+    for part in [model] if pipeline is None else pipeline.stages.values():
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def total_norm(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The norm of all parameters, or of all their gradients, over all ranks: 0-dim. tensors: this rank's, by name."""
+    pipeline = pipeline_of(model)
+    copies = pipeline.copies if pipeline is not None else ()
+    norm = torch.nn.utils.get_total_norm([x for name, x in tensors.items() if name not in copies])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm if pipeline is None else pipeline.total_norm(norm)
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_sharing = 1  # ranks that work on one pack
+_sharing = 1  # neighbouring ranks that work on one pack
+_stages = 1  # ranks of a pipeline, far from each other, that do, too
 
 
 def init(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
@@ -51,19 +52,22 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
-def share_packs(ranks: int) -> None:
-    """From now on, so many neighbouring ranks (those of context and tensor parallelism) work on one pack together."""
-    global _sharing
-    _sharing = ranks
+def share_packs(ranks: int, stages: int = 1) -> None:
+    """From now on, so many neighbouring ranks (those of context and tensor parallelism) work on one pack together.
+
+    stages: ranks of a pipeline, the outermost axis, which have the same packs as well.
+    """
+    global _sharing, _stages
+    _sharing, _stages = ranks, stages
 
 
 def data_rank() -> int:
     """Which part of the data this rank works on, of `data_world_size()`."""
-    return rank() // _sharing
+    return rank() // _sharing % data_world_size()
 
 
 def data_world_size() -> int:
-    return world_size() // _sharing
+    return world_size() // (_sharing * _stages)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -73,8 +77,8 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     """
     if world_size() > 1:
         dist.all_reduce(tensor)
-        if _sharing > 1:
-            tensor /= _sharing
+        if _sharing * _stages > 1:
+            tensor /= _sharing * _stages
     return tensor
 
 

@@ -45,7 +45,8 @@ def enter_context(model: nn.Module, first: str, mesh: DeviceMesh) -> None:
         return x_TD[layout.share.start : layout.share.stop], layout, *more
 
     model.register_forward_pre_hook(share)
-    model.get_submodule(first).register_forward_pre_hook(own)
+    if (block := submodule(model, first)) is not None:
+        block.register_forward_pre_hook(own)
 
 
 def leave_context(model: nn.Module, norm: str, mesh: DeviceMesh) -> None:
@@ -54,4 +55,10 @@ def leave_context(model: nn.Module, norm: str, mesh: DeviceMesh) -> None:
     def whole(_: nn.Module, __: tuple[Any, ...], x_TD: Tensor) -> Tensor:
         return all_gather_tensor_autograd(x_TD, gather_dim=0, group=mesh)
 
-    model.get_submodule(norm).register_forward_hook(whole)
+    if (last := submodule(model, norm)) is not None:
+        last.register_forward_hook(whole)
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """None where a pipeline stage does not have it."""
+    return dict(model.named_modules()).get(name)

@@ -11,16 +11,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moltron.config.schema import ParallelConfig
 
-AXES = ("dp_replicate", "dp_shard", "cp", "tp")
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
-def mesh_shape(config: ParallelConfig, world: int) -> tuple[int, int, int, int]:
+def mesh_shape(config: ParallelConfig, world: int) -> tuple[int, int, int, int, int]:
     """Ranks on each of AXES. Raises ValueError with the fix where their product cannot be `world`."""
     given = {axis: getattr(config, axis) for axis in AXES}
     for axis, ranks in given.items():
         if ranks is not None and ranks < 1:
             raise ValueError(f"parallel.{axis}={ranks} must be at least 1")
-    others = config.dp_replicate * config.cp * config.tp
+    others = config.pp * config.dp_replicate * config.cp * config.tp
     shard = world // others if config.dp_shard is None else config.dp_shard
     if others * shard != world:
         asked = " × ".join(f"{axis}={ranks}" for axis, ranks in given.items() if ranks not in (None, 1))
@@ -28,7 +28,7 @@ def mesh_shape(config: ParallelConfig, world: int) -> tuple[int, int, int, int]:
             f"parallel: {asked} does not make the {world} processes of this run: leave dp_shard out and let the "
             f"product of the others divide {world}"
         )
-    return config.dp_replicate, shard, config.cp, config.tp
+    return config.pp, config.dp_replicate, shard, config.cp, config.tp
 
 
 def build_mesh(config: ParallelConfig, world: int, device_type: str) -> DeviceMesh:

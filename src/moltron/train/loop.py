@@ -29,6 +29,7 @@ from moltron.data.plan import BatchPlan
 from moltron.infer.evaluate import Evaluator
 from moltron.objectives import Limits, get_objective
 from moltron.parallel import collectives
+from moltron.parallel.apply import total_norm
 from moltron.train.metrics import Meter, Sinks, peak_flops, perplexity
 from moltron.train.setup import Run, build_run, check_config
 from moltron.train.signals import StopSignal
@@ -259,10 +260,9 @@ class Trainer:
 
     def _save(self, val_loss: float | None) -> None:
         with self.meter.part("checkpoint"):
-            tensors = self.run_.tensors()
-            weights = [p.detach() for p in self.run_.optimizer.parameters]
-            norm = torch.nn.utils.get_total_norm(weights)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
+            tensors = self.run_.tensors(copies=False)
+            weights = {name: p.detach() for p, name in self.run_.optimizer.names.items()}
+            norm = total_norm(self.run_.model, weights)
             if not math.isfinite(norm.item()):
                 raise NonFiniteError(f"step {self.step_done}: weights are not finite: {self._advice()}")
             meta = {

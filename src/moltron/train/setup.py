@@ -36,6 +36,7 @@ from moltron.objectives import OBJECTIVES, Objective
 from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, load_full_state, parallelize, reshard
 from moltron.parallel.mesh import mesh_shape
+from moltron.parallel.pipeline import SCHEDULES, num_stages, pipeline_of
 from moltron.parallel.precision import DTYPES, resolve_precision
 from moltron.parallel.recompute import MODES as RECOMPUTE
 from moltron.tokenizers import Tokenizer, get_tokenizer
@@ -83,12 +84,18 @@ class Run:
     manager: CheckpointManager
     meta: dict[str, Any] | None  # of the checkpoint that was restored
     compiled: bool  # the units; then packs can be recorded as CUDA graphs, too
+    parameters: int  # of all ranks
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, live: `model.<name>` and `optim.<kind>.<name>`."""
+    def tensors(self, copies: bool = True) -> dict[str, Tensor]:
+        """What a checkpoint holds, live: `model.<name>` and `optim.<kind>.<name>`.
+
+        copies: also what this rank has of another stage's, which that one saves.
+        """
         reshard(self.model)
         weights = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        return weights | self.optimizer.state_tensors()
+        pipeline = pipeline_of(self.model)
+        others = () if copies or pipeline is None else tuple(f".{name}" for name in pipeline.copies)
+        return {n: t for n, t in (weights | self.optimizer.state_tensors()).items() if not n.endswith(others)}
 
 
 def validate(config: TrainConfig, world: int) -> list[str]:
@@ -110,6 +117,7 @@ def validate(config: TrainConfig, world: int) -> list[str]:
         "checkpoint.every": c.every,
         "checkpoint.keep_last": c.keep_last,
         "parallel.recompute_every": config.parallel.recompute_every,
+        "parallel.pp_stages": config.parallel.pp_stages,
         "optim.lr": o.lr,
         "optim.muon_lr": o.muon_lr,
         "optim.eps": o.eps,
@@ -139,6 +147,7 @@ def validate(config: TrainConfig, world: int) -> list[str]:
         "train.device": (t.device, ("auto", "cpu", "cuda")),
         "train.nonfinite": (t.nonfinite, ("stop", "skip")),
         "parallel.recompute": (config.parallel.recompute, RECOMPUTE),
+        "parallel.pp_schedule": (config.parallel.pp_schedule, SCHEDULES),
         "logging.wandb": (config.logging.wandb, ("disabled", "offline", "online")),
     }
     problems += [
@@ -147,13 +156,11 @@ def validate(config: TrainConfig, world: int) -> list[str]:
         if value not in known
     ]
     try:
-        replicate, shard, *_ = mesh_shape(config.parallel, world)
+        _, replicate, shard, *_ = mesh_shape(config.parallel, world)
         world = replicate * shard
     except ValueError as error:
         problems.append(str(error))
-    if b.packs > 0 and b.packs % world:
-        near = max(world, round(b.packs / world) * world)
-        problems.append(f"batch.packs={b.packs} cannot be shared equally by {world} processes: set batch.packs={near}")
+    problems += _pack_problems(config, world)
     if s.name == "noam" and s.warmup_steps == 0:
         problems.append("optim.schedule.name=noam needs optim.schedule.warmup_steps > 0")
     if not (Path(d.path) / "train.arrow").is_file():
@@ -161,6 +168,20 @@ def validate(config: TrainConfig, world: int) -> list[str]:
     if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
         problems.append(f"run_dir={config.run_dir} is a file: give a folder, new or of a run to resume")
     return problems
+
+
+def _pack_problems(config: TrainConfig, world: int) -> list[str]:
+    """world: ranks, or groups of ranks, that have packs of their own."""
+    packs, pp = config.batch.packs, config.parallel.pp
+    if packs > 0 and packs % world:
+        near = max(world, round(packs / world) * world)
+        return [f"batch.packs={packs} cannot be shared equally by {world} processes: set batch.packs={near}"]
+    each, is_loop = packs // world, config.parallel.pp_schedule == "interleaved"
+    if pp > 1 and packs > 0 and (each < pp or (is_loop and each % pp)):
+        wanted = f"{'a multiple of' if is_loop else 'at least'} parallel.pp={pp}"
+        fix = -(-each // pp) * pp * world
+        return [f"batch.packs={packs} gives a pipeline {each}, it needs {wanted}: set batch.packs={fix}"]
+    return []
 
 
 def _model_problems(config: TrainConfig) -> list[str]:
@@ -201,9 +222,9 @@ def _model_problems(config: TrainConfig) -> list[str]:
 
 
 def _cut_problems(config: TrainConfig, model_config: Any, objective: type[Objective]) -> list[str]:
-    """What tensor and context parallelism cannot cut."""
-    tp, cp = config.parallel.tp, config.parallel.cp
-    if tp < 2 and cp < 2:
+    """What tensor, context and pipeline parallelism cannot cut."""
+    pp, tp, cp = config.parallel.pp, config.parallel.tp, config.parallel.cp
+    if max(pp, tp, cp) < 2:
         return []
     cut = {"model.num_heads": (model_config.num_heads, tp), "model.ffn_size": (model_config.ffn_size, tp)}
     tokens = dict(zip(("batch.tokens", "batch.decoder_tokens"), config.batch.streams(objective.streams), strict=False))
@@ -212,6 +233,10 @@ def _cut_problems(config: TrainConfig, model_config: Any, objective: type[Object
     problems = [
         f"{key}={size} cannot be shared equally by {asked} ranks" for key, (size, n) in cut.items() if size % max(n, 1)
     ]
+    blocks = model_config.num_layers + getattr(model_config, "num_decoder_layers", 0)
+    if (stages := num_stages(config.parallel)) > blocks:
+        problems.append(f"parallel.pp={pp} makes {stages} pipeline stages, the model has {blocks} blocks: lower it")
+    asked = "parallel." + " × ".join(f"{axis}={n}" for axis, n in (("pp", pp), ("tp", tp), ("cp", cp)) if n > 1)
     if not getattr(model_config, "can_be_cut", True):
         problems.append(f"{asked}: relative position biases cannot be cut yet; use parallel.dp_shard")
     if objective.reconstructs and config.train.eval_molecules:
@@ -263,7 +288,7 @@ def check_config(config: TrainConfig) -> Pretrained | None:
 def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained | None) -> Run:
     """Build and fill everything. pretrained: see `check_config`. Raises ValueError where files do not fit."""
     folder = Path(config.run_dir)
-    collectives.share_packs(config.parallel.cp * config.parallel.tp)
+    collectives.share_packs(config.parallel.cp * config.parallel.tp, config.parallel.pp)
     _warn(config)
     stores = _open_stores(config)
     _check_same_run(config, folder, stores)
@@ -278,8 +303,10 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
         needs = "CUDA, train.precision=bf16 or fp16, and a model without relative biases"
         raise ConfigError([f"train.compile=true needs {needs}: leave it out"])
     compiled = can_compile if config.train.compile is None else config.train.compile
+    whole = build_model(family, architecture)
+    parameters = num_parameters(whole)
     model = parallelize(
-        build_model(family, architecture),
+        whole,
         spec.plan,
         device,
         precision=precision,
@@ -304,6 +331,7 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
         manager=CheckpointManager(folder / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best),
         meta=None,
         compiled=compiled,
+        parameters=parameters,
     )
     run.meta = _fill(run, pretrained)
     if collectives.rank() == 0:
@@ -393,7 +421,8 @@ def _fill(run: Run, pretrained: Pretrained | None) -> dict[str, Any] | None:
         found = [f"model.{k}: {theirs.get(k)} → {v}" for k, v in ours.items() if theirs.get(k) != v]
         names = f"{pretrained.spec.name} is not {run.spec.name}; " if pretrained.spec.name != run.spec.name else ""
         raise ValueError(f"init={run.config.init} is another model: {names}{', '.join(found)}: change model or init")
-    load_full_state(run.model, pretrained.model.state_dict().items())
+    here = {name for name, _ in run.model.named_parameters()}
+    load_full_state(run.model, [(n, p) for n, p in pretrained.model.state_dict().items() if n in here])
     log.info("Starting from the weights of %s", run.config.init)
     return None
 
@@ -426,7 +455,7 @@ def _certify(run: Run) -> None:
     stores = {"train": run.train_store, "val": run.val_store}
     content = {
         "model": run.spec.name,
-        "parameters": num_parameters(run.model),
+        "parameters": run.parameters,
         "data": {split: store.fingerprint for split, store in stores.items() if store is not None},
         "records": {split: len(store) for split, store in stores.items() if store is not None},
         "lives": lives,

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from moltron.models.batch import PackedBatch
-from moltron.parallel.apply import set_gradient_sync
+from moltron.parallel.apply import set_gradient_sync, total_norm
 from moltron.parallel.collectives import all_reduce_sum, data_world_size
 from moltron.parallel.graphs import Graphed
+from moltron.parallel.pipeline import pipeline_of
 from moltron.train.optim import Optimizer
 
 # Of a step, over all ranks; tokens and padded are of the encoder, or of the one stream there is
@@ -142,14 +143,14 @@ class TrainStep:
         self.clip, self.scaler, self.skip_nonfinite, self.sync_each = clip, scaler, skip_nonfinite, sync_each
         self.waits = device.type != "cuda" or scaler is not None or skip_nonfinite  # a step is over when it returns
         self.event: Any = None
+        self.pipeline = pipeline_of(model)
         self.graphed = Graphed(self._forward_backward, device) if graphs else None
 
     def __call__(self, step: int, batches: list[PackedBatch], targets: int, lr: float, stop: bool = False) -> Pending:
         """batches: this rank's packs. targets: how many this rank has. stop: this rank was asked to stop."""
         totals = self._count(batches, targets, stop)
         scale = data_world_size() * (self.scaler.scale if self.scaler else 1.0) / totals[1].clamp(min=1).float()
-        losses = [self._backward(batch, scale, last=batch is batches[-1]) for batch in batches]
-        packs = torch.stack(losses).double()
+        packs = self._backward(batches, scale)
         totals[0] = packs.sum()
         all_reduce_sum(totals[:1])
         norm = self._norm()
@@ -175,12 +176,18 @@ class TrainStep:
             local = local.pin_memory().to(self.device, non_blocking=True)
         return all_reduce_sum(local)
 
-    def _backward(self, batch: PackedBatch, scale: Tensor, last: bool) -> Tensor:
-        """Gradients of one pack added up; returns its summed loss."""
+    def _backward(self, batches: list[PackedBatch], scale: Tensor) -> Tensor:
+        """Gradients of the packs added up; returns their summed losses, (P,) float64."""
         if self.graphed is not None:
-            return self.graphed(batch, scale)[0]
-        set_gradient_sync(self.model, last or self.sync_each)
-        return self._forward_backward(batch.to(self.device, non_blocking=True), scale)[0]
+            return torch.stack([self.graphed(batch, scale)[0] for batch in batches]).double()
+        here = [batch.to(self.device, non_blocking=True) for batch in batches]
+        if self.pipeline is not None:
+            return self.pipeline.backward(here, scale, self.loss)
+        losses = []
+        for batch in here:
+            set_gradient_sync(self.model, batch is here[-1] or self.sync_each)
+            losses.append(self._forward_backward(batch, scale)[0])
+        return torch.stack(losses).double()
 
     def _forward_backward(self, batch: PackedBatch, scale: Tensor) -> tuple[Tensor]:
         loss_sum, _ = self.loss(self.model(batch), batch)
@@ -189,12 +196,11 @@ class TrainStep:
 
     def _norm(self) -> Tensor:
         """The norm of the whole gradient, over all ranks, the loss scale taken out; 0-dim on the device."""
-        gradients = [p.grad for p in self.optimizer.parameters if p.grad is not None]
+        gradients = {name: p.grad for p, name in self.optimizer.names.items() if p.grad is not None}
         if self.scaler is not None:
-            for gradient in gradients:
+            for gradient in gradients.values():
                 gradient.mul_(1.0 / self.scaler.scale)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
+        return total_norm(self.model, gradients)
 
     def _may_update(self, norm: Tensor, loss: Tensor) -> bool:
         """Whether to update: always, but where a bad gradient is to be skipped; waits for the device only then."""

@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moltron.checkpoint.manager import find_good, read_manifest
+from moltron.cli.main import main
 from moltron.train.loop import train
 
 TRAIN_ALL = """
@@ -42,13 +44,15 @@ RUNS = {
     "hybrid": (*SHORT, "parallel.dp_replicate=2", "parallel.recompute=full"),
     "tensor": (*SHORT, "parallel.tp=2"),
     "context": (*SHORT, "parallel.cp=2"),
+    "pipeline": (*SHORT, "parallel.pp=2"),
     "half": (*SHORT, "train.precision=bf16"),
+    "half pipeline": (*SHORT, "train.precision=bf16", "parallel.pp=2", "optim.name=muon"),
 }
 
 
 def without_axes(keys):
     """For one process."""
-    return [key for key in keys if not key.startswith(("parallel.dp_", "parallel.tp", "parallel.cp"))]
+    return [key for key in keys if not key.startswith(("parallel.dp_", "parallel.tp", "parallel.cp", "parallel.pp"))]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +94,8 @@ def both(tmp_path_factory, arguments, tiny_config):
 
 
 @pytest.mark.parametrize(
-    ("name", "tolerance"), [("adamw", 1e-5), ("muon", 1e-3), ("each", 1e-5), ("hybrid", 1e-5), ("tensor", 1e-5)]
+    ("name", "tolerance"),
+    [("adamw", 1e-5), ("muon", 1e-3), ("each", 1e-5), ("hybrid", 1e-5), ("tensor", 1e-5), ("pipeline", 1e-5)],
 )
 def test_two_ranks_are_one_process(both, read_lines, read_state, name, tolerance):
     one, two = (read_lines(both / home / name) for home in ("one", "two"))
@@ -108,11 +113,19 @@ def test_two_ranks_are_one_process(both, read_lines, read_state, name, tolerance
             torch.testing.assert_close(state[key], expected[key], rtol=0, atol=5e-3 if name == "muon" else 2e-5)
 
 
-def test_a_checkpoint_after_an_evaluation_has_the_masters(both):
+@pytest.mark.parametrize("name", ["half", "half pipeline"])
+def test_a_checkpoint_after_an_evaluation_has_the_masters(both, name):
     """Not the weights in half precision that an evaluation has gathered."""
-    path = find_good(both / "two" / "half" / "checkpoints")
+    path = find_good(both / "two" / name / "checkpoints")
     assert path.name == "step-00000003"  # where it was evaluated
     assert {dtype for dtype, _ in read_manifest(path).tensors.values()} == {"float32"}
+
+
+def test_a_pipeline_is_converted(both, read_state, tmp_path):
+    main(["convert", f"input={both / 'two' / 'pipeline'}", f"output={tmp_path / 'out'}", "format=moltron"])
+    weights, (*_, state) = load_file(tmp_path / "out" / "model.safetensors"), read_state(both / "two" / "pipeline")
+    for name, value in weights.items():
+        assert torch.equal(value, state[f"model.{name}"]), name
 
 
 def test_a_signal_to_one_rank_stops_both_at_one_step(both, read_state):
@@ -120,7 +133,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(both, read_state):
     assert step == meta["step"] == meta["updates"] in (3, 4)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "hybrid", "tensor"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "hybrid", "tensor", "pipeline"])
 def test_one_process_goes_on_where_two_ranks_stopped(both, tiny_config, read_lines, tmp_path, name):
     run_dir = tmp_path / "run"
     shutil.copytree(both / "two" / name, run_dir)
@@ -146,4 +159,18 @@ def test_what_tensor_parallelism_cannot_cut_is_said_at_once(tiny_config):
         "model.ffn_size=64 cannot be shared equally by parallel.tp=5 ranks",
         "batch.tokens=192 cannot be shared equally by parallel.tp=5 ranks",
         "batch.packs=3 cannot be shared equally by 2 processes: set batch.packs=4",
+    ]
+
+
+def test_what_no_pipeline_can_be_is_said_at_once(tiny_config):
+    from moltron.train.setup import validate
+
+    problems = validate(tiny_config("/nowhere/run", "parallel.pp=3", "batch.packs=2"), world=3)
+    assert problems == [
+        "parallel.pp=3 makes 3 pipeline stages, the model has 2 blocks: lower it",
+        "batch.packs=2 gives a pipeline 2, it needs at least parallel.pp=3: set batch.packs=3",
+    ]
+    keys = ("parallel.pp=2", "parallel.pp_schedule=interleaved", "parallel.pp_stages=1", "batch.packs=3")
+    assert validate(tiny_config("/nowhere/run", *keys), world=2) == [
+        "batch.packs=3 gives a pipeline 3, it needs a multiple of parallel.pp=2: set batch.packs=4"
     ]

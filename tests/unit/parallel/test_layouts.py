@@ -1,4 +1,4 @@
-"""Every layout of four ranks is one process, in float64: losses, gradient norms, weights, checkpoints. One spawn."""
+"""Every layout of four (slow: eight) ranks is one process, in float64: losses, gradient norms, weights, checkpoints."""
 
 import json
 import os
@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from moltron.checkpoint.manager import CheckpointManager
 from moltron.config.schema import ObjectiveConfig, OptimConfig, ParallelConfig
@@ -20,10 +22,11 @@ from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, parallelize
 from moltron.tokenizers import get_tokenizer
 from moltron.train.optim import Optimizer
+from moltron.train.setup import Run
 from moltron.train.step import TrainStep
 
-SIZES = dict(hidden_size=32, num_layers=2, num_heads=4, ffn_size=64)
-TWO = SIZES | dict(num_decoder_layers=2, max_positions=64)
+SIZES = dict(hidden_size=32, num_layers=4, num_heads=4, ffn_size=64)
+TWO = SIZES | dict(num_layers=2, num_decoder_layers=2, max_positions=64)
 ESM1B = SIZES | dict(vocab_size=33, token_dropout=True, embed_norm=True, contact_head=True, mask_id=32)
 MODELS = {  # family, architecture, tokenizer, objective
     "esm2": ("esm2", SIZES, "esm2", "masked_lm"),
@@ -31,6 +34,7 @@ MODELS = {  # family, architecture, tokenizer, objective
     "megamolbart": ("megamolbart", TWO, "megamolbart", "denoising"),
     "prott5nv": ("prott5", TWO, "prott5nv", "span_corruption"),
 }
+INTERLEAVED = dict(pp=2, pp_schedule="interleaved")
 LAYOUTS = {
     "dp_shard 4": {},
     "dp_replicate 2, dp_shard 2": dict(dp_replicate=2),
@@ -42,10 +46,29 @@ LAYOUTS = {
     "dp_replicate 2, cp 2": dict(dp_replicate=2, cp=2),
     "cp 2, tp 2": dict(cp=2, tp=2),
     "dp_shard 2, tp 2, recomputed": dict(tp=2, recompute="full", reshard_after_forward=True),
+    "pp 4": dict(pp=4),
+    "pp 2, dp_shard 2": dict(pp=2),
+    "pp 2, dp_replicate 2": dict(pp=2, dp_replicate=2, dp_shard=1),
+    "pp 2, tp 2": dict(pp=2, tp=2),
+    "pp 2, cp 2": dict(pp=2, cp=2),
+    "pp 2, dp_shard 2, interleaved": INTERLEAVED,
+    "pp 2, tp 2, interleaved, recomputed": INTERLEAVED | dict(tp=2, recompute="full", reshard_after_forward=True),
+}
+EIGHT = {
+    "pp 2, dp_shard 2, tp 2": dict(pp=2, tp=2),
+    "pp 2, dp_shard 2, cp 2": dict(pp=2, cp=2),
+    "pp 2, cp 2, tp 2": dict(pp=2, cp=2, tp=2),
+    "pp 4, tp 2": dict(pp=4, tp=2),
+    "pp 2, dp_replicate 2, tp 2, interleaved": INTERLEAVED | dict(dp_replicate=2, tp=2),
+    "dp_replicate 2, cp 2, tp 2": dict(dp_replicate=2, cp=2, tp=2),
+    "dp_shard 2, cp 2, tp 2": dict(cp=2, tp=2),
 }
 EVERYDAY, SLOW = ["esm2", "megamolbart"], ["esm1b", "prott5nv"]
-MUON = ["dp_shard 4", "dp_replicate 2, tp 2", "cp 2, tp 2"]
-PAIRS = [(saved, layout) for i, saved in enumerate(LAYOUTS) for layout in [*LAYOUTS][i + 1 : i + 3][: 2 - i // 5]]
+MUON = ["dp_shard 4", "dp_replicate 2, tp 2", "cp 2, tp 2", "pp 2, dp_shard 2"]
+NEXT = [2] * 5 + [1] * 5  # of a layout's checkpoint: so many of the layouts after it read it
+PAIRS = [(saved, layout) for i, (saved, n) in enumerate(zip(LAYOUTS, NEXT)) for layout in [*LAYOUTS][i + 1 : i + 1 + n]]
+PAIRS += [("pp 4", "dp_shard 4"), ("pp 2, dp_shard 2", "pp 2, tp 2, interleaved, recomputed")]
+PAIRS += [("dp_shard 4", "pp 2, dp_shard 2, interleaved"), ("pp 2, tp 2", "cp 2, tp 2")]
 STEPS, PACKS, TOKENS = 3, 4, 64
 
 
@@ -65,11 +88,11 @@ def packs(name, step):
 
 
 def trained(name, layout, optimizer_name, folder=None):
-    """(losses and gradient norms, final weights whole); folder: its checkpoint is written there."""
+    """(losses and gradient norms, also a loss of evaluation; final weights whole); folder: for its checkpoint."""
     family, architecture, *_ = MODELS[name]
     spec, device = get_spec(family), torch.device("cpu")
     config = ParallelConfig(**layout)
-    collectives.share_packs(config.cp * config.tp)
+    collectives.share_packs(config.cp * config.tp, config.pp)
     model = build_model(family, architecture).double()
     parallelize(model, spec.plan, device, precision="fp32", compile=False, config=config)
     model.init_weights(0, assign_full)
@@ -83,14 +106,18 @@ def trained(name, layout, optimizer_name, folder=None):
         numbers += [reading.loss, reading.grad_norm, reading.tokens]
     if folder is not None:
         manager = CheckpointManager(folder)
-        manager.save(STEPS, state_of(model, optimizer), {})
+        manager.save(STEPS, state_of(model, optimizer, copies=False), {})
         manager.wait()
     weights = {n: p.detach() for n, p in model.named_parameters()}
-    return numbers, {n: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for n, p in weights.items()}
+    wholes = {n: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for n, p in weights.items()}
+    with torch.no_grad():
+        loss = sum(objective.loss(model(batch), batch)[0].double() for batch in own)
+    return [*numbers, collectives.all_reduce_sum(loss).item()], wholes
 
 
-def state_of(model, optimizer):
-    return {f"model.{n}": p.detach() for n, p in model.named_parameters()} | optimizer.state_tensors()
+def state_of(model, optimizer, copies=True):
+    """As `Run.tensors` has it."""
+    return Run.tensors(SimpleNamespace(model=model, optimizer=optimizer), copies)
 
 
 def restored(name, layout, folder):
@@ -107,7 +134,12 @@ def restored(name, layout, folder):
 
 
 def furthest(found, expected):
-    return max(((found[n] - p).norm() / p.norm().clamp_min(1e-6)).item() for n, p in expected.items())
+    """Of the tensors of all ranks, each of which may have some only."""
+    names = [None] * collectives.world_size()
+    dist.all_gather_object(names, set(found))
+    assert set().union(*names) == set(expected)
+    worst = max(((p - expected[n]).norm() / expected[n].norm().clamp_min(1e-6)).item() for n, p in found.items())
+    return collectives.all_reduce_max(torch.tensor(worst)).item()
 
 
 def optimizers(name):
@@ -115,20 +147,20 @@ def optimizers(name):
 
 
 def on_rank(folder, names):
-    """What each of four processes does. Prints, on rank 0, differences from one process by model, optimizer, layout."""
+    """What each process does. Prints, on rank 0, differences from one process by model, optimizer, layout."""
     results = {}
     collectives.init("cpu")
+    layouts = LAYOUTS if collectives.world_size() == 4 else EIGHT
     for name in names:
-        for optimizer in optimizers(name):
+        for optimizer in optimizers(name) if layouts is LAYOUTS else ("adamw",):
             expected = torch.load(folder / f"{name} {optimizer}.pt", weights_only=True)
-            for layout in LAYOUTS if optimizer == "adamw" else MUON:
-                axes = LAYOUTS[layout]
+            for layout in layouts if optimizer == "adamw" else MUON:
                 saves = folder / f"{name} {layout}" if (name, optimizer) == ("esm2", "adamw") else None
-                numbers, weights = trained(name, axes, optimizer, saves)
+                numbers, weights = trained(name, layouts[layout], optimizer, saves)
                 wrong = [abs(a - b) / abs(b) for a, b in zip(numbers, expected["numbers"], strict=True)]
                 results[f"{name}, {optimizer}, {layout}"] = max(wrong), furthest(weights, expected["weights"])
     wholes = {}
-    for saved, layout in PAIRS if "esm2" in names else ():  # save here, load there
+    for saved, layout in PAIRS if "esm2" in names and layouts is LAYOUTS else ():  # save here, load there
         folder_of = folder / f"esm2 {saved}"
         if saved not in wholes:
             wholes[saved] = restored("esm2", LAYOUTS["dp_shard 4"], folder_of)
@@ -138,7 +170,7 @@ def on_rank(folder, names):
     collectives.shutdown()
 
 
-def spawned(names):
+def spawned(names, processes=4):
     """The results of `on_rank` for these models."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         for name in names:
@@ -146,7 +178,7 @@ def spawned(names):
                 numbers, weights = trained(name, {}, optimizer)
                 torch.save({"numbers": numbers, "weights": weights}, Path(folder, f"{name} {optimizer}.pt"))
         probe.bind(("127.0.0.1", 0))
-        world = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
         probe.close()
         ranks = [
             subprocess.Popen(
@@ -156,11 +188,11 @@ def spawned(names):
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for rank in range(4)
+            for rank in range(processes)
         ]
         try:
             outputs = [rank.communicate(timeout=500) for rank in ranks]
-            assert [rank.returncode for rank in ranks] == [0] * 4, outputs[0][1][-3000:]
+            assert [rank.returncode for rank in ranks] == [0] * processes, outputs[0][1][-3000:]
         finally:
             for rank in ranks:
                 rank.kill()
@@ -189,6 +221,18 @@ def test_a_layout_is_one_process(results, name, layout):
 @pytest.mark.parametrize("name", SLOW)
 def test_a_layout_is_one_process_for_the_other_families(slow_results, name, layout):
     test_a_layout_is_one_process(slow_results, name, layout)
+
+
+@pytest.fixture(scope="module")
+def results_of_eight():
+    return spawned(EVERYDAY, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", EIGHT)
+@pytest.mark.parametrize("name", EVERYDAY)
+def test_three_axes_on_eight_ranks_are_one_process(results_of_eight, name, layout):
+    test_a_layout_is_one_process(results_of_eight, name, layout)
 
 
 @pytest.mark.parametrize("layout", MUON)

@@ -11,8 +11,9 @@ from moltron.parallel.mesh import mesh_shape
     [(1, None, 8, (1, 8)), (2, None, 8, (2, 4)), (8, 1, 8, (8, 1)), (1, None, 1, (1, 1))],
 )
 def test_what_is_left_is_sharded(replicate, shard, world, shape):
-    assert mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shard), world) == (*shape, 1, 1)
-    assert mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shard, cp=5, tp=3), 15 * world) == (*shape, 5, 3)
+    assert mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shard), world) == (1, *shape, 1, 1)
+    config = ParallelConfig(pp=2, dp_replicate=replicate, dp_shard=shard, cp=5, tp=3)
+    assert mesh_shape(config, 30 * world) == (2, *shape, 5, 3)
 
 
 @pytest.mark.parametrize(

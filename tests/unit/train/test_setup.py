@@ -64,6 +64,22 @@ def test_model_problems(config):
     assert validate(config, 1) == []
 
 
+@pytest.mark.parametrize(
+    ("family", "more", "objective", "said"),
+    [
+        ("prott5", {"architecture": "t5"}, "span_corruption", "parallel.pp=2: relative position biases"),
+        ("megamolbart", {}, "denoising", "parallel.pp=2: decoding is not cut: set train.eval_molecules=0"),
+    ],
+)
+def test_what_no_pipeline_can_have(config, family, more, objective, said):
+    config.model = {**MODEL, "family": family, "num_layers": 2, "num_decoder_layers": 2, **more}
+    config.objective.name, config.data.max_length, config.parallel.pp = objective, 64, 2
+    (problem,) = validate(config, world=2)
+    assert problem.startswith(said)
+    config.parallel.pp = 1
+    assert validate(config, world=2) == []
+
+
 def test_noam_needs_a_warm_up(config):
     config.optim.schedule.name, config.optim.schedule.warmup_steps = "noam", 0
     (problem,) = validate(config, 1)

@@ -12,7 +12,6 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from moltron.layers.positions import Rotary
 from moltron.models.batch import PackedBatch
 from moltron.models.encoder import Encoder, token_dropout_scale
 
@@ -44,9 +43,9 @@ class Esm1(Encoder):
         self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
         self.embed_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.embed_norm else None
 
-    def embed_tokens(self, batch: PackedBatch) -> tuple[Tensor, Rotary]:
+    def embed_tokens(self, batch: PackedBatch) -> Tensor:
         x_TD = self.embed(batch.ids)
         if self.config.token_dropout:
             x_TD = x_TD * token_dropout_scale(batch, self.config.mask_id).to(x_TD.dtype)
         x_TD = x_TD + self.embed_positions(batch.layout.positions)
-        return (x_TD if self.embed_norm is None else self.embed_norm(x_TD)), None
+        return x_TD if self.embed_norm is None else self.embed_norm(x_TD)

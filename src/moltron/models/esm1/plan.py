@@ -11,4 +11,5 @@ TENSOR = {
     "norm": "norm, gather tokens",
     "head": "replicate",
 }
-PLAN = ParallelPlan(units=("layers.*",), tensor=TENSOR)
+STAGES = ("embed", "embed_positions", "embed_norm", "layers.*", "norm", "head", "contact_head", "embed")
+PLAN = ParallelPlan(units=("layers.*",), tensor=TENSOR, stages=STAGES)

@@ -40,10 +40,13 @@ class Esm2(Encoder):
     def __init__(self, config: Esm2Config):
         super().__init__(config, gelu="none", contact_head=True)
 
-    def embed_tokens(self, batch: PackedBatch) -> tuple[Tensor, Rotary]:
+    def embed_tokens(self, batch: PackedBatch) -> Tensor:
         x_TD = self.embed(batch.ids)
         if self.config.token_dropout:
             x_TD = x_TD * token_dropout_scale(batch, self.config.mask_id).to(x_TD.dtype)
+        return x_TD
+
+    def rotary(self, batch: PackedBatch) -> Rotary:
         head_dim = self.config.hidden_size // self.config.num_heads
         rounded_to = getattr(torch, self.config.rotary_dtype)
-        return x_TD, rotary_table(batch.layout.positions, head_dim, self.config.rotary_base, rounded_to)
+        return rotary_table(batch.layout.positions, head_dim, self.config.rotary_base, rounded_to)

@@ -9,4 +9,5 @@ TENSOR = {
     "norm": "norm, gather tokens",
     "head": "replicate",
 }
-PLAN = ParallelPlan(units=("layers.*",), tensor=TENSOR)
+STAGES = ("embed", "layers.*", "norm", "head", "contact_head", "embed")
+PLAN = ParallelPlan(units=("layers.*",), tensor=TENSOR, stages=STAGES)

@@ -1,0 +1,49 @@
+"""How a model is shared out to pipeline stages. What they compute together: test_layouts.py."""
+
+import pytest
+
+from moltron.config.schema import ParallelConfig
+from moltron.models.registry import FAMILIES, build_model, get_spec
+from moltron.parallel.pipeline import in_order, keep, num_stages, share_out
+
+SIZES = dict(hidden_size=32, num_layers=4, num_heads=4, ffn_size=64)
+TWO = SIZES | dict(num_decoder_layers=4)
+ARCHITECTURES = {
+    "esm1": SIZES | dict(embed_norm=True, contact_head=True),
+    "esm2": SIZES,
+    "prott5": TWO,
+    "megamolbart": TWO,
+}
+
+
+def test_blocks_are_shared_equally_and_the_rest_stays_beside_them():
+    names = ["embed", "a.0", "a.1", "a.2", "norm", "b.0", "b.1", "end", "embed"]
+    assert share_out(names, ["a.*", "b.*"], 2) == [names[:5], names[5:]]
+    assert share_out(names, ["a.*", "b.*"], 5) == [
+        ["embed", "a.0"],
+        ["a.1"],
+        ["a.2", "norm"],
+        ["b.0"],
+        ["b.1", "end", "embed"],
+    ]
+    assert [len(share) for share in share_out(names[1:4], ["a.*"], 2)] == [2, 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_every_parameter_has_its_place_under_its_own_name(family, stages):
+    plan = get_spec(family).plan
+    whole = build_model(family, ARCHITECTURES[family])
+    names = in_order(whole, plan.stages)
+    everything, seen = [name for name, _ in whole.named_parameters()], []
+    for share in share_out(names, plan.units, stages):
+        stage = keep(build_model(family, ARCHITECTURES[family]), names, share)
+        seen += [name for name, _ in stage.named_parameters()]
+    assert set(seen) == set(everything)
+    twice = {name for name in seen if seen.count(name) > 1}
+    assert twice == (set() if family == "megamolbart" else {"embed.weight"})
+
+
+def test_stages_of_all_ranks():
+    assert num_stages(ParallelConfig(pp=4)) == 4
+    assert num_stages(ParallelConfig(pp=4, pp_schedule="interleaved", pp_stages=3)) == 12
