@@ -36,12 +36,12 @@ from moltron.models.batch import PackedBatch
 from moltron.models.registry import build_model, get_spec
 from moltron.objectives import Limits, get_objective
 from moltron.parallel import collectives
-from moltron.parallel.apply import assign_full, parallelize
+from moltron.parallel.apply import parallelize
 from moltron.tokenizers import get_tokenizer
 from moltron.train.optim import Optimizer
 from moltron.train.step import TrainStep
 
-SIZES = {  # hidden, layers, heads, ffn, T of training, T of embedding, floor of training, floor of embedding (issue 2)
+SIZES = {  # hidden, layers, heads, ffn, T of training, T of embedding, floors of both (issue 2)
     "8M": (320, 6, 20, 1280, 131072, 131072, 2_200_000, 7_000_000),
     "35M": (480, 12, 20, 1920, 131072, 131072, None, None),
     "150M": (640, 30, 20, 2560, 65536, 65536, 275_000, None),
@@ -94,6 +94,13 @@ def build(size: str) -> torch.nn.Module:
     return build_model("esm2", dict(hidden_size=hidden, num_layers=layers, num_heads=heads, ffn_size=ffn))
 
 
+@torch.no_grad()
+def draw(model: torch.nn.Module) -> None:
+    """Random weights made on the device: `init_weights` draws on the host, minutes at 3B."""
+    for name, parameter in model.named_parameters():
+        parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(name.endswith("norm.weight"))
+
+
 def flops_per_token(size: str, store: Store) -> float:
     lengths = store.lengths[:].astype(np.int64) + 2
     tokens = int(lengths.sum())
@@ -101,11 +108,13 @@ def flops_per_token(size: str, store: Store) -> float:
     return build(size).flops(whole) / tokens  # type: ignore[operator]
 
 
-def train(size: str, store: Store, device: torch.device) -> Callable[[], int]:
+def train(size: str, store: Store, device: torch.device, precision: str = "bf16") -> Callable[[], int]:
     """One optimizer step of one pack, through the product's own loader and step."""
     spec, tokenizer, tokens = get_spec("esm2"), get_tokenizer("esm2"), SIZES[size][4]
-    model = parallelize(build(size), spec.plan, device, precision="bf16", compile=True)
-    model.init_weights(0, assign_full)
+    name, _, recipe = precision.partition(" ")
+    options: dict = dict(fp8_recipe=recipe) if recipe else {}
+    model = parallelize(build(size), spec.plan, device, precision=name, compile=True, **options)
+    draw(model)
     objective = get_objective(ObjectiveConfig(), tokenizer, 0)
     objective.compile()
     optimizer = Optimizer(model, spec.plan, OptimConfig(), 4e-4)
@@ -309,6 +318,7 @@ def report(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["8M", "150M", "650M"], choices=SIZES)
+    parser.add_argument("--precisions", nargs="+", default=["bf16"], help="of training; 'fp8 rowwise' has a recipe")
     parser.add_argument("--work", nargs="+", default=["train", "embed"], choices=["train", "embed"])
     parser.add_argument("--peers", nargs="*", default=[], choices=SIZES, help="sizes with transformers beside them")
     parser.add_argument(
@@ -325,9 +335,12 @@ def main() -> None:
         store = Store.open(Path(folder) / "train.arrow")
         for size in arguments.sizes:
             if "train" in arguments.work:
-                name = f"train {size} moltron, {SIZES[size][4]:,} packed"
-                measure(name, functools.partial(train, size, store, device), rows, work="train", size=size,
-                              floor=SIZES[size][6], flops=flops_per_token(size, store))  # fmt: skip
+                for precision in arguments.precisions:
+                    name = f"train {size} moltron, {precision}, {SIZES[size][4]:,} packed"
+                    make = functools.partial(train, size, store, device, precision)
+                    floor = SIZES[size][6] if precision == "bf16" else None
+                    measure(name, make, rows, work="train", size=size, floor=floor,
+                            flops=flops_per_token(size, store))  # fmt: skip
                 peers("train", size, texts[:20_000], device, rows, arguments)
             if "embed" in arguments.work:
                 some = texts[: {"8M": 16_000, "35M": 8_000, "150M": 4_000, "650M": 2_000}.get(size, 1_000)]

@@ -85,7 +85,8 @@ class OptimConfig:
 @dataclass
 class LoopConfig:
     max_steps: int = 1000
-    precision: str = "auto"  # auto (bf16 on CUDA, fp32 on a CPU) | fp32 | bf16 | fp16
+    precision: str = "auto"  # auto (bf16 on CUDA, fp32 on a CPU) | fp32 | bf16 | fp16 | fp8 (bf16, products in FP8)
+    fp8_recipe: str = "tensorwise"  # fp8: one scale a tensor | rowwise: one a row
     seed: int = 1234
     device: str = "auto"  # auto | cpu | cuda
     compile: bool | None = None  # the blocks; None: on CUDA in half precision
@@ -114,6 +115,8 @@ class ParallelConfig:
     cp: int = 1  # context parallel: ranks that share the tokens of each pack
     tp: int = 1  # tensor parallel: ranks that share each block's heads and feed-forward, and one pack
     reshard_after_forward: bool = False  # frees the gathered weights between forward and backward: memory for speed
+    reduce_dtype: str = "fp32"  # in which gradients are added up over ranks: fp32 | bf16 (half the traffic)
+    cpu_offload: bool = False  # weights, gradients and optimizer on the host, blocks fetched as needed: a last resort
     recompute: str = "none"  # blocks' activations in the backward: none | selective (not matrix products) | full
     recompute_every: int = 1  # of so many blocks in a row, one is recomputed
 

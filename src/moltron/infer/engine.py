@@ -1,10 +1,11 @@
 """The encoder's engine: ids in, arrays out, in the order given.
 
-    ids ──sort by length, fill packs of T tokens──> PackedBatch ──model──> hidden ──pool──> (N, D)
-         host, in a thread                          pinned copies          └──> hiddens (L, D), logits (L, V)
+    ids ──fill packs of T tokens──> PackedBatch ──model──> hidden ──pool──> (N, D)
+         host, in a thread          pinned                 └──> hiddens (L, D), logits (L, V)
 
 A pack holds at least 64 tokens and a multiple of 64, so that on a CPU in fp32 a sequence has the same bits alone and in
-any company. On CUDA all packs of a run have one T; nothing waits for the device except for results two packs old.
+any company; there packs are filled by length, for attention goes by groups of one length. On CUDA all packs of a run
+have one T, in the order given; nothing waits for the device except for results two packs old.
 Knows nothing of text, files or requests.
 
 T tokens (packed), B pieces, D width, L residues, V vocabulary, N sequences
@@ -59,13 +60,13 @@ class Encoded:
 
 
 class _Pack(NamedTuple):
-    """Pieces on one token axis. pieces: their indices; kept: (B, 2) the rows [from, to) of each that count.
+    """Pieces on one token axis. pieces: which ones; kept: (B, 2) the rows [from, to) of each that count.
 
     pooled: (B, 2) int32, the rows that are pooled; on CUDA with empty runs for the pack's filler.
     """
 
     batch: PackedBatch
-    pieces: np.ndarray
+    pieces: np.ndarray | slice
     kept: np.ndarray
     pooled: Tensor
 
@@ -122,13 +123,14 @@ class Encoder:
         pooled = {layer: np.empty((len(ids), self._width), dtype=np.float32) for layer in pooled_layers}
         hiddens = {layer: [np.empty(0)] * len(ids) for layer in (wanted.layers if wanted.hiddens else ())}
         logits = [np.empty(0)] * len(ids) if wanted.logits else []
+        numbers = np.arange(len(ids))
         by_row = {("hiddens", layer): rows for layer, rows in hiddens.items()}
         by_row |= {("logits", -1): logits} if wanted.logits else {}
         for pack, arrays in self._run(self._packs(ids, lengths, keep, wanted), wanted):
             for layer in pooled_layers:
                 pooled[layer][pack.pieces] = arrays["pooled", layer]
             for key, rows in by_row.items():
-                for piece, (begin, end) in zip(pack.pieces.tolist(), pack.kept.tolist(), strict=True):
+                for piece, (begin, end) in zip(numbers[pack.pieces].tolist(), pack.kept.tolist(), strict=True):
                     rows[piece] = arrays[key][begin:end].copy()
         return Encoded(pooled, hiddens, logits)
 
@@ -137,31 +139,31 @@ class Encoder:
     def _packs(
         self, ids: Sequence[np.ndarray], lengths: np.ndarray, keep: np.ndarray, wanted: Wanted
     ) -> Iterator[_Pack]:
-        order = np.argsort(-lengths, kind="stable")
-        ends = np.cumsum(lengths[order])
+        order = np.argsort(-lengths, kind="stable") if self._copies is None else None
+        ends = np.cumsum(lengths if order is None else lengths[order])
         begin = done = 0
-        while begin < len(order):
-            longest = int(lengths[order[begin]])
-            budget = max(self.tokens, _round_up(longest))
+        while begin < len(ids):
+            first = int(lengths[begin if order is None else order[begin]])
+            budget = max(self.tokens, _round_up(first))
             end = int(np.searchsorted(ends, done + budget, side="right"))
-            pieces, filled = order[begin:end], int(ends[end - 1]) - done
-            begin, done = end, int(ends[end - 1])
-            if self._copies is None:
-                tokens = _round_up(filled)
-            else:  # one shape a run, or a power of two where there is little to do; `longest` too takes few values
+            pieces = slice(begin, end) if order is None else order[begin:end]
+            tokens, sizes = _round_up(int(ends[end - 1]) - done), lengths[pieces]
+            longest, begin, done = int(sizes.max()), end, int(ends[end - 1])
+            if order is None:  # one shape a run, a power of two where there is little; `longest` takes few values
                 tokens = budget if ends[-1] > budget else min(budget, max(QUANTUM, _power_of_two(int(ends[-1]))))
                 longest = max(128, _power_of_two(longest))
-            flat = np.concatenate([ids[piece] for piece in pieces])
-            batch = PackedBatch.pack(flat, lengths[pieces], tokens=tokens, pad_id=self.pad_id, max_length=longest)
-            starts = (np.cumsum(lengths[pieces]) - lengths[pieces])[:, None]
+            settings: Any = dict(tokens=tokens, pad_id=self.pad_id, max_length=longest, pin=order is None)
+            chosen = ids[pieces] if isinstance(pieces, slice) else [ids[piece] for piece in pieces.tolist()]
+            batch = PackedBatch.pack(chosen, sizes, **settings)
+            starts = (np.cumsum(sizes) - sizes)[:, None]
             kept = starts + keep[pieces]
             pooled = np.add(starts, [0, 1]) if wanted.pooling == "cls" else kept
             if self._copies is None:
                 yield _Pack(batch, pieces, kept, torch.from_numpy(pooled.astype(np.int32)))
             else:
                 runs = torch.zeros(len(batch.layout.lengths), 2, dtype=torch.int32, pin_memory=True)
-                runs.numpy()[: len(pieces)] = pooled
-                yield _Pack(batch.pin_memory(), pieces, kept, runs)
+                runs.numpy()[: len(sizes)] = pooled
+                yield _Pack(batch, pieces, kept, runs)
 
     # ------------------------------------------------------------------------------------------------------ device
 
@@ -185,7 +187,7 @@ class Encoder:
             function = functools.partial(self._compute, keys, wanted)
             self._forwards[wanted] = Graphed(function, self.device) if self._compiled else function
         results = dict(zip(keys, self._forwards[wanted](pack.batch, pack.pooled), strict=True))
-        return {(what, at): x[: len(pack.pieces)] if what == "pooled" else x for (what, at), x in results.items()}
+        return {(what, at): x[: len(pack.kept)] if what == "pooled" else x for (what, at), x in results.items()}
 
     def _compute(self, keys: list[Key], wanted: Wanted, batch: PackedBatch, rows: Tensor) -> tuple[Tensor, ...]:
         batch, rows = batch.to(self.device, non_blocking=True), rows.to(self.device, non_blocking=True)

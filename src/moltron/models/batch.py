@@ -12,7 +12,7 @@ T tokens in a batch (U in the decoder's stream), B sequences, M target positions
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -51,7 +51,7 @@ class PackedBatch:
 
     @staticmethod
     def pack(
-        ids: np.ndarray,
+        ids: np.ndarray | Sequence[np.ndarray],
         lengths: np.ndarray,
         *,
         tokens: int,
@@ -59,26 +59,32 @@ class PackedBatch:
         max_length: int,
         records: np.ndarray | None = None,
         decoder: tuple[np.ndarray, np.ndarray, int] | None = None,
+        pin: bool = False,
     ) -> PackedBatch:
         """Lay sequences end to end and fill up to `tokens`; last come empty sequences, so that few shapes occur.
 
-        ids: (Σ lengths,) token ids, specials included; lengths: (B,) each ≤ max_length; Σ lengths ≤ tokens.
-        decoder: (ids, lengths, tokens) of the second stream.
+        ids: (Σ lengths,) token ids, specials included, or B arrays of them; lengths: (B,) each ≤ max_length;
+        Σ lengths ≤ tokens. decoder: (ids, lengths, tokens) of the second stream. pin: in page-locked memory, as
+        `pin_memory` does, without a copy.
         """
-        streams = [(ids, lengths, tokens)] + ([] if decoder is None else [decoder])
+        streams: list[Any] = [(ids, lengths, tokens)] + ([] if decoder is None else [decoder])
         fillers = [_filler(int(lengths.sum()), tokens, max_length) for _, lengths, tokens in streams]
         count = len(lengths)
         most = -(-(count + max(map(len, fillers))) // _quantum(tokens)) * _quantum(tokens) - count
         packed, layouts = [], []
         for (ids, lengths, tokens), filler in zip(streams, fillers):
-            whole = np.full(tokens, pad_id, dtype=np.int64)
-            whole[: len(ids)] = ids
-            packed.append(torch.from_numpy(whole))
+            packed.append(torch.empty(tokens, dtype=torch.int64, pin_memory=pin))
+            whole, used = packed[-1].numpy(), tokens - sum(filler)
+            if isinstance(ids, np.ndarray):
+                whole[:used] = ids
+            else:
+                np.concatenate(ids, out=whole[:used])
+            whole[used:] = pad_id
             filler = filler + [0] * (most - len(filler))
-            layouts.append(Layout.of(np.concatenate([lengths, filler]).astype(np.int64)))
+            layouts.append(Layout.of(np.concatenate([lengths, filler]).astype(np.int64), pin))
         if records is None:
             records = np.arange(len(lengths), dtype=np.int64)
-        batch = PackedBatch(packed[0], layouts[0], len(lengths), len(streams[0][0]), records)
+        batch = PackedBatch(packed[0], layouts[0], count, int(streams[0][1].sum()), records)
         if decoder is None:
             return batch
         second = dict(decoder_ids=packed[1], decoder_layout=layouts[1], num_decoder_tokens=len(decoder[0]))

@@ -3,7 +3,8 @@
     model on meta ── pipeline ── context, tensor ── recompute ── compile ─┬─ several ranks: FSDP2 ────┬─ memory
                                                                           └─ one rank: `compute_in` ──┘
 
-FSDP2 wraps units, then the rest; on one rank weights are cast when the model is called. Compile comes after recompute,
+FSDP2 wraps units, then the rest; on one rank weights are cast when the model is called. Layers are swapped for FP8's
+before all of it. Compile comes after recompute,
 so that it sees what is computed twice, and before FSDP2, so that the hooks that gather weights stay outside of the
 compiled graphs.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from moltron.config.schema import ParallelConfig
@@ -26,7 +27,7 @@ from moltron.parallel.collectives import world_size
 from moltron.parallel.context import enter_context, leave_context
 from moltron.parallel.mesh import build_mesh, data_mesh
 from moltron.parallel.pipeline import Pipeline, matches, pipeline_of
-from moltron.parallel.precision import DTYPES, compute_in, mixed_precision
+from moltron.parallel.precision import DTYPES, compute_in, mixed_precision, swap_to_fp8
 from moltron.parallel.recompute import recompute_units
 from moltron.parallel.tensor import own_part, stacked, tensor_parallel
 
@@ -56,13 +57,19 @@ def parallelize(
     precision: str,
     compile: bool,
     config: ParallelConfig | None = None,
+    fp8_recipe: str = "tensorwise",
 ) -> nn.Module:
     """Make a model on the meta device ready for `device` and the current world; its memory is not filled yet.
 
-    Of a pipeline, the model that is returned has this rank's modules only, see `Pipeline.model`.
+    Of a pipeline, the model that is returned has this rank's modules only, see `Pipeline.model`. precision: fp8 is bf16
+    but for the products inside of the blocks.
     """
     config = config or ParallelConfig()
-    if world_size() == 1:
+    if precision == "fp8":
+        for glob in plan.units:
+            swap_to_fp8([module for name, module in model.named_modules() if matches(name, [glob])], fp8_recipe)
+        precision = "bf16"
+    if world_size() == 1 and not config.cpu_offload:
         _prepare_blocks(model, plan, config, compile, None)
         if precision != "fp32":
             methods = [name for name in plan.methods if hasattr(model, name)]
@@ -73,15 +80,19 @@ def parallelize(
         dtype = next(model.parameters()).dtype if precision == "fp32" else DTYPES[precision]
         pipeline = Pipeline(model, plan, config, mesh["pp"], dtype)
         parts = [(stage, stage.model) for stage in pipeline.stages.values()]
-    policy, shards = mixed_precision(precision), data_mesh(mesh)
-    settings: Any = dict(mesh=shards, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    settings: Any = dict(
+        mesh=data_mesh(mesh),
+        mp_policy=mixed_precision(precision, config.reduce_dtype),
+        reshard_after_forward=config.reshard_after_forward,
+        **({"offload_policy": CPUOffloadPolicy()} if config.cpu_offload else {}),
+    )
     for root, part in parts:
         _prepare_blocks(part, plan, config, compile, mesh)
         for module in (*units(part, plan), root):
             fully_shard(module, **settings)
             for method in (name for name in plan.methods if hasattr(module, name)):
                 register_fsdp_forward_method(module, method)
-        root.to_empty(device=device)
+        root.to_empty(device="cpu" if config.cpu_offload else device)
     return model
 
 

@@ -103,7 +103,8 @@ def barrier() -> None:
         dist.monitored_barrier() if dist.get_backend() == "gloo" else dist.barrier()
 
 
-def shutdown() -> None:
+def shutdown(failed: bool = False) -> None:
+    """Leave the job. failed: at once; NCCL would wait for ranks that wait for this one, and its error go unread."""
     share_packs(1)
-    if dist.is_initialized():
+    if dist.is_initialized() and not (failed and world_size() > 1 and torch.cuda.is_initialized()):
         dist.destroy_process_group()

@@ -2,13 +2,14 @@
 
     several ranks    FSDP2 gathers weights in half precision (`mixed_precision`)
     one rank         `compute_in`: the masters are cast when the model is called, and their gradients back
+    fp8              bf16, and `swap_to_fp8`: what linear layers inside of the blocks get is cast once more
 
 Statistics, softmax and losses stay in fp32 in the models themselves; no autocast anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from moltron.layers.fp8 import Float8Linear
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REDUCED = ("fp32", "bf16")  # what gradients may be added up in
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -28,15 +32,22 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
-def mixed_precision(precision: str) -> MixedPrecisionPolicy:
-    """Gather and compute in `precision`, reduce gradients in fp32.
+def swap_to_fp8(blocks: Sequence[nn.Module], recipe: str) -> None:
+    """In place: the linear layers of a stack's blocks, but of the first and the last, which errors hurt most."""
+    for module in (module for block in blocks[1:-1] for module in block.modules()):
+        if type(module) is nn.Linear:
+            Float8Linear.swap(module, recipe)
+
+
+def mixed_precision(precision: str, reduce: str) -> MixedPrecisionPolicy:
+    """Gather and compute in `precision`, add up gradients in `reduce`.
 
     Inputs are not cast: the hidden state has the dtype of the embedding's weights, thus `precision`, and rotary tables
     stay in fp32, where bf16 would be off by up to 2⁻⁹ of each cosine and sine.
     """
     if precision == "fp32":
         return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return MixedPrecisionPolicy(DTYPES[precision], reduce_dtype=DTYPES[reduce], cast_forward_inputs=False)
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype, units: Iterable[nn.Module], methods: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 MODES = ("none", "selective", "full")
-_KEPT = ("mm", "addmm", "bmm", "packed_attention", "scaled_dot_product", "all_gather", "reduce_scatter")
+_KEPT = ("mm", "addmm", "bmm", "scaled_mm", "packed_attention", "scaled_dot_product", "all_gather", "reduce_scatter")
 
 
 def recompute_units(units: Iterable[nn.Module], mode: str, every: int = 1) -> None:

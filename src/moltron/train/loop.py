@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises ConfigError with all problems of the configuration, NonFiniteError (train.nonfinite=stop), ValueError where
     data, checkpoints or memory do not fit, or where another process trains in the run folder.
     """
-    device = collectives.init(config.train.device)
+    device, failed = collectives.init(config.train.device), True
     setup_logging(collectives.rank())
     try:
         pretrained = check_config(config)
@@ -71,9 +71,11 @@ def train(config: TrainConfig) -> TrainResult:
         with StopSignal() as stop, lock:
             trainer = Trainer(build_run(config, device, pretrained), stop)
             try:
-                return trainer.run()
+                result = trainer.run()
             finally:
                 trainer.close()
+        failed = False
+        return result
     except torch.cuda.OutOfMemoryError as error:
         b = config.batch
         raise ValueError(
@@ -82,7 +84,7 @@ def train(config: TrainConfig) -> TrainResult:
             f"or use more GPUs, there with parallel.reshard_after_forward=true ({str(error).splitlines()[0]})"
         ) from error
     finally:
-        collectives.shutdown()
+        collectives.shutdown(failed)
 
 
 class Trainer:
@@ -116,7 +118,7 @@ class Trainer:
             scaler=self.scaler,
             skip_nonfinite=config.train.nonfinite == "skip",
             sync_each=config.parallel.reshard_after_forward,
-            graphs=run.compiled and collectives.world_size() == 1,
+            graphs=run.compiled and collectives.world_size() == 1 and not config.parallel.cpu_offload,
         )
         tokens, limits = config.batch.streams(objective.streams), config.data.limits(objective.streams)
         plan = BatchPlan(

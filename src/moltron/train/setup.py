@@ -30,6 +30,7 @@ from moltron.common.manifest import read_json, write_json
 from moltron.config.compose import ConfigError, dump_config, load_yaml
 from moltron.config.schema import TrainConfig
 from moltron.data.store import Store
+from moltron.layers import fp8
 from moltron.models.registry import architecture_problems, build_model, get_spec, make_config
 from moltron.models.spec import ModelSpec, num_parameters
 from moltron.objectives import OBJECTIVES, Objective
@@ -37,7 +38,7 @@ from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, load_full_state, parallelize, reshard
 from moltron.parallel.mesh import mesh_shape
 from moltron.parallel.pipeline import SCHEDULES, num_stages, pipeline_of
-from moltron.parallel.precision import DTYPES, resolve_precision
+from moltron.parallel.precision import DTYPES, REDUCED, resolve_precision
 from moltron.parallel.recompute import MODES as RECOMPUTE
 from moltron.tokenizers import Tokenizer, get_tokenizer
 from moltron.train import optim, schedule
@@ -143,10 +144,12 @@ def validate(config: TrainConfig, world: int) -> list[str]:
     choices = {
         "optim.name": (o.name, optim.NAMES),
         "optim.schedule.name": (s.name, schedule.NAMES),
-        "train.precision": (t.precision, ("auto", *DTYPES)),
+        "train.precision": (t.precision, ("auto", *DTYPES, "fp8")),
+        "train.fp8_recipe": (t.fp8_recipe, fp8.RECIPES),
         "train.device": (t.device, ("auto", "cpu", "cuda")),
         "train.nonfinite": (t.nonfinite, ("stop", "skip")),
         "parallel.recompute": (config.parallel.recompute, RECOMPUTE),
+        "parallel.reduce_dtype": (config.parallel.reduce_dtype, REDUCED),
         "parallel.pp_schedule": (config.parallel.pp_schedule, SCHEDULES),
         "logging.wandb": (config.logging.wandb, ("disabled", "offline", "online")),
     }
@@ -214,6 +217,8 @@ def _model_problems(config: TrainConfig) -> list[str]:
             of_sequence = "data.max_length" if key == "tokens" else "data.decoder_max_length"
             problems.append(f"batch.{key}={tokens} < {of_sequence}={length}: raise batch.{key} or lower {of_sequence}")
     problems += _cut_problems(config, model_config, kind)
+    if config.train.precision == "fp8":
+        problems += _fp8_problems(config, model_config, kind)
     if config.data.max_length <= tokenizer.num_specials:
         problems.append(
             f"data.max_length={config.data.max_length} leaves no residue beside {tokenizer.num_specials} special tokens"
@@ -241,6 +246,23 @@ def _cut_problems(config: TrainConfig, model_config: Any, objective: type[Object
         problems.append(f"{asked}: relative position biases cannot be cut yet; use parallel.dp_shard")
     if objective.reconstructs and config.train.eval_molecules:
         problems.append(f"{asked}: decoding is not cut: set train.eval_molecules=0")
+    return problems
+
+
+def _fp8_problems(config: TrainConfig, model_config: Any, objective: type[Objective]) -> list[str]:
+    if config.parallel.tp > 1:
+        return [f"parallel.tp={config.parallel.tp}: train.precision=fp8 does not cut matrices; use dp_shard, cp or pp"]
+    tokens = dict(zip(("tokens", "decoder_tokens"), config.batch.streams(objective.streams), strict=False))
+    sizes = {f"batch.{key}": size // (config.parallel.cp if key == "tokens" else 1) for key, size in tokens.items()}
+    sizes |= {"model.hidden_size": model_config.hidden_size, "model.ffn_size": model_config.ffn_size}
+    problems = [
+        f"{key}={size}{' for each of the cp ranks' * (config.parallel.cp > 1)} is not a multiple of {fp8.MULTIPLE}, "
+        "as train.precision=fp8 needs"
+        for key, size in sizes.items()
+        if size % fp8.MULTIPLE
+    ]
+    if model_config.num_layers < 3:
+        problems.append(f"model.num_layers={model_config.num_layers}: fp8 leaves out the first and the last, use bf16")
     return problems
 
 
@@ -295,13 +317,18 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
 
     family, architecture = _model_section(config)
     assert family is not None
-    spec, precision = get_spec(family), resolve_precision(config.train.precision, device)
+    spec, precision = get_spec(family), config.train.precision
+    precision = precision if precision == "fp8" else resolve_precision(precision, device)
     model_config = make_config(family, architecture)
     # elsewhere attention goes by lengths, new in each pack
     can_compile = device.type == "cuda" and precision != "fp32" and getattr(model_config, "trains_compiled", True)
     if config.train.compile and not can_compile:
-        needs = "CUDA, train.precision=bf16 or fp16, and a model without relative biases"
+        needs = "CUDA, train.precision=bf16, fp16 or fp8, and a model without relative biases"
         raise ConfigError([f"train.compile=true needs {needs}: leave it out"])
+    if config.parallel.cpu_offload and device.type != "cuda":
+        raise ConfigError(["parallel.cpu_offload=true needs CUDA: here all is on the host already"])
+    if precision == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError([f"train.precision=fp8: {torch.cuda.get_device_name(device)} has no FP8 units; use bf16"])
     compiled = can_compile if config.train.compile is None else config.train.compile
     whole = build_model(family, architecture)
     parameters = num_parameters(whole)
@@ -312,6 +339,7 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
         precision=precision,
         compile=compiled,
         config=config.parallel,
+        fp8_recipe=config.train.fp8_recipe,
     )
     sched = config.optim.schedule
     rate = schedule.build_schedule(sched, config.optim.lr, config.train.max_steps, model_config.hidden_size)

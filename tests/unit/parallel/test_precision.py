@@ -71,3 +71,30 @@ def test_masters_are_back_after_every_call_and_gradients_add_up_in_fp32(one_proc
     with pytest.raises(TypeError):
         model(batch)
     assert all(p is masters[name] and p.dtype == torch.float32 for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_fp8_is_bf16_with_other_products_in_the_inner_blocks(one_process, recipe):
+    """Hidden states and logits stay near bf16's and are not equal to them; gradients are those of fp32 masters."""
+    ids = np.tile(np.array([0, *range(4, 24), 32, 7, 2]), 4)
+    batch = PackedBatch.pack(ids, np.full(4, 24), tokens=96, pad_id=1, max_length=24)
+    batch.target_positions = torch.tensor([21, 45, 69, 93])
+    results = {}
+    for precision in ("fp32", "bf16", "fp8"):
+        model = build_model("esm2", SIZES | dict(num_layers=4))
+        plan = get_spec("esm2").plan
+        parallelize(model, plan, one_process, precision=precision, compile=False, fp8_recipe=recipe)
+        model.init_weights(0, assign_full)
+        output = model(batch)
+        output.logits.float().square().sum().backward()
+        gradients = [model.layers[i].mlp.up.weight.grad for i in "0123"]
+        assert all(g.dtype == torch.float32 for g in gradients)
+        results[precision] = [output.hidden.detach().float(), *gradients]
+    apart = {
+        precision: [
+            ((x - y).norm() / y.norm()).item() for x, y in zip(results[precision], results["fp32"], strict=True)
+        ]
+        for precision in ("bf16", "fp8")
+    }
+    assert max(apart["bf16"]) < 0.02 and 0.002 < apart["fp8"][0] < 0.05
+    assert all(0.02 < x < 0.2 for x in apart["fp8"][2:4])

@@ -34,7 +34,8 @@ def test_the_defaults_are_valid(config):
         ("data", "path", "/nowhere", "data.path=/nowhere has no train.arrow: give a folder that `moltron prepare`"),
         ("train", "max_steps", 0, "train.max_steps=0 must be greater than 0"),
         ("train", "eval_packs", 0, "train.eval_packs=0 must be greater than 0"),
-        ("train", "precision", "fp8", "train.precision=fp8 is unknown: choose one of auto, fp32, bf16, fp16"),
+        ("train", "precision", "fp4", "train.precision=fp4 is unknown: choose one of auto, fp32, bf16, fp16, fp8"),
+        ("train", "fp8_recipe", "row", "train.fp8_recipe=row is unknown: choose one of tensorwise, rowwise"),
         ("train", "nonfinite", "go", "train.nonfinite=go is unknown"),
         ("optim", "name", "adam", "optim.name=adam is unknown: choose one of adamw, muon"),
         ("optim", "lr", float("nan"), "optim.lr=nan must be greater than 0"),
@@ -78,6 +79,19 @@ def test_what_no_pipeline_can_have(config, family, more, objective, said):
     assert problem.startswith(said)
     config.parallel.pp = 1
     assert validate(config, world=2) == []
+
+
+def test_what_fp8_asks_for_is_said_at_once(config):
+    config.model, config.train.precision = dict(MODEL, hidden_size=24, num_layers=2), "fp8"
+    config.batch.tokens = 1032
+    problems = validate(config, world=1)
+    assert [p.split(" ")[0] for p in problems] == ["batch.tokens=1032", "model.hidden_size=24", "model.num_layers=2:"]
+    config.model, config.batch.tokens = dict(MODEL, num_layers=3), 1024
+    assert validate(config, world=1) == []
+    config.parallel.tp = 2
+    assert validate(config, world=2) == [
+        "parallel.tp=2: train.precision=fp8 does not cut matrices; use dp_shard, cp or pp"
+    ]
 
 
 def test_noam_needs_a_warm_up(config):
