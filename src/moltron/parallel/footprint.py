@@ -1,14 +1,15 @@
-"""What a layout costs: the memory of one GPU at its peak, and what it sends in a step. Nothing is built or run.
+"""What a layout costs: the memory of the fullest GPU at its peak, and what a GPU sends in a step. Nothing is run.
 
-    model on meta, the plan's words ──_kept──> what a block keeps for its backward ────────────┐
-    parameters of a rank ──> masters, optimizer state, half-precision copies, gradients ───────┴──> Footprint
+    model on meta, the plan's words ──_block──> what each block keeps for its backward ──────────┐
+    parameters of a rank ──> masters, optimizer state, half-precision copies, gradients ─────────┴─rank─> Footprint
 
-The peak is where the backward begins: every block still holds what it kept. What that is follows from the operators,
-compiled or not (torch's partitioner recomputes nothing that a matrix product reads): a norm keeps its input and two
-numbers a token, a matrix product its input, attention the projections as written, their rotated copy, its output and a
-logarithm a head, an activation function its input. Knows nothing of families and of measurements.
+The peak is where the backward begins and every block still holds what it kept. That follows from the operators, and is
+the same compiled or not, for torch's partitioner computes nothing again that a matrix product reads: a norm keeps its
+input and two numbers a token; a matrix product its input; attention what its projections wrote, q and k turned, its
+output and a logarithm a head; an activation function its input. Knows nothing of families, of measurements, and of how
+much of a GPU is free.
 
-T tokens of a stream (packed), b bytes of a number in the precision of training
+T tokens of a stream on this rank, b bytes of a number in the blocks
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from moltron.config.schema import ParallelConfig
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.mesh import AXES, mesh_shape
 from moltron.parallel.pipeline import in_order, matches, num_stages, share_out
 
+CUBLAS = 2 * 2**25  # 32 MiB of workspace on each of two streams (Hopper)
+
 
 class Work(NamedTuple):
-    """What is trained. tokens: of a pack, of each stream; targets: of a pack. packs: of a rank in a step.
+    """What is trained. tokens: of a pack, of each stream. targets: of a pack. packs: of a rank in one step.
 
-    width: bytes of a number in the blocks: 2 or 4. compiled: blocks and loss. muon: for the hidden matrices.
-    length: tokens of the longest sequence, which matters for relative positions alone.
+    width: bytes of a number in the blocks, 2 or 4. compiled: blocks and loss. muon: for matrices in the blocks.
+    length: tokens of the longest sequence; matters where positions are relative.
     """
 
     tokens: tuple[int, ...]
@@ -42,9 +43,10 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes. memory: of the fullest GPU at its peak, by what they are for; sent: by a GPU in a step, by axis."""
+    """Bytes. memory: by what it is for; blocks: what each keeps of one pack; sent: in a step, by axis."""
 
     memory: dict[str, float]
+    blocks: list[float]
     sent: dict[str, float]
 
     @property
@@ -52,154 +54,132 @@ class Footprint:
         return sum(self.memory.values())
 
 
-class _Kept(NamedTuple):
-    """Bytes that a block keeps. all: without recomputing; now: as recompute has it; sent: by tp, by cp in a pass."""
+def footprint(model: Any, plan: ParallelPlan, config: ParallelConfig, world: int, work: Work) -> Footprint:
+    """model: whole, on the meta device. Raises ValueError where the axes do not make `world`."""
+    layout = _Layout(model, plan, config, world, work)
+    shares = share_out(in_order(model, plan.stages), plan.units, num_stages(config))
+    ranks = [layout.rank(i, [name for share in shares[i :: config.pp] for name in share]) for i in range(config.pp)]
+    return max(ranks, key=lambda found: found.peak)
 
-    all: float
-    now: float
+
+class _Block(NamedTuple):
+    """Bytes. everything: kept without recomputing; kept: as it is; widest: of what the backward needs beside.
+
+    sent: by tensor and by context parallelism for one pack.
+    """
+
+    everything: float
+    kept: float
     widest: float
     sent: tuple[float, float]
 
 
-def footprint(model: nn.Module, plan: ParallelPlan, config: ParallelConfig, world: int, work: Work) -> Footprint:
-    """model: whole, on the meta device. Raises ValueError where the axes do not make `world`."""
-    shape = dict(zip(AXES, mesh_shape(config, world), strict=True))
-    names = in_order(model, plan.stages)
-    shares = share_out(names, plan.units, num_stages(config))
-    ranks = []
-    for rank in range(config.pp):
-        own = [name for share in shares[rank :: config.pp] for name in share]
-        ranks.append(_of_rank(model, plan, config, shape, work, rank, own))
-    return max(ranks, key=lambda found: found.peak)
+class _Layout:
+    def __init__(self, model: Any, plan: ParallelPlan, config: ParallelConfig, world: int, work: Work):
+        self.model, self.plan, self.config, self.work = model, plan, config, work
+        self.shape = dict(zip(AXES, mesh_shape(config, world), strict=True))
+        self.is_alone, self.hidden = world == 1, model.config.hidden_size
+        names = [name for name, _ in model.named_modules()]
+        self.words = {name: word for glob, word in plan.tensor.items() for name in names if matches(name, [glob])}
 
+    def rank(self, rank: int, names: list[str]) -> Footprint:
+        """names: modules that this rank of the pipeline has."""
+        b, packs, config, shape = self.work.width, self.work.packs, self.config, self.shape
+        pp, tp, copies, shards = config.pp, config.tp, config.dp_replicate, shape["dp_shard"] * shape["cp"]
+        sizes = {name: self._parameters(name) for name in names}
+        units = [name for name in names if matches(name, self.plan.units)]
+        blocks = [self._block(name, i) for i, name in enumerate(units, 1)]
+        weights, in_blocks = sum(sizes.values()), sum(sizes[name] for name in units)
+        largest, reshards = max(sizes[name] for name in units), config.reshard_after_forward and pp == 1
+        in_flight = self._in_flight(rank)
 
-def _of_rank(
-    model: Any,
-    plan: ParallelPlan,
-    config: ParallelConfig,
-    shape: dict[str, int],
-    work: Work,
-    rank: int,
-    own: list[str],
-) -> Footprint:
-    """own: the modules of this rank of the pipeline."""
-    b, tp, pp, packs = work.width, shape["tp"], shape["pp"], work.packs
-    shards, copies = shape["dp_shard"] * shape["cp"], shape["dp_replicate"]
-    is_alone, is_last = shards * copies * tp * pp == 1, rank == pp - 1
-    words = {n: w for glob, w in plan.tensor.items() for n, _ in model.named_modules() if matches(n, [glob])}
-    sizes = {name: _parameters(model.get_submodule(name), name, words, tp) for name in own}
-    names = [name for name in own if matches(name, plan.units)]
-    streams = {n: next(i for i, glob in enumerate(plan.units) if matches(n, [glob])) for n in names}
-    blocks = [_block(model, name, words, config, shape, work, streams[name], i) for i, name in enumerate(names, 1)]
-    weights, largest = sum(sizes.values()), max(sizes[name] for name in names)
-    in_blocks = sum(sizes[name] for name in names)
-    hidden, vocabulary = model.config.hidden_size, model.embed.weight.shape[0]
+        ends = (rank > 0) + (rank < pp - 1)
+        cuts = [tokens / (tp * (1 if i else config.cp)) for i, tokens in enumerate(self.work.tokens)]
+        message = self.hidden * b * sum(cuts)  # hidden states between two blocks
+        kept = in_flight * sum(block.kept for block in blocks)
+        kept += 2 * self.hidden * b * sum(self.work.tokens[:-1])  # the memory, and what its norm read
+        if self.is_alone:
+            halves, gradients = (b * weights if b == 2 else 0), (4 * weights if self.work.compiled or packs > 1 else 0)
+            working = 0.0
+        else:
+            halves = b * (weights - in_blocks + 2 * largest if reshards else weights)
+            gradients = (4 * weights / (shards if reshards else 1)) if packs > in_flight else 0
+            working = max(0, (b + 4) * largest - min(block.kept for block in blocks))  # a block's gradients, reduced
+        if halves + gradients + kept < 4 * weights / shards:  # then the peak is where the backward ends
+            halves, gradients, kept = 0, 4 * weights / shards, max(block.kept for block in blocks)
+        backward = max(block.widest + block.everything - block.kept for block in blocks)
+        memory = {
+            "weights": 4 * weights / shards,
+            "optimizer state": (8 * weights - (4 * in_blocks if self.work.muon else 0)) / shards,
+            "gradients": gradients,
+            "weights to compute with": halves,
+            "activations": kept,
+            "workspace": working + max(backward, self._head() if rank == pp - 1 else 0) + CUBLAS,
+            "pipeline": message * (packs * ends + in_flight) if pp > 1 else 0,  # torch has a buffer for every pack
+        }
+        gathers, sums = (2 * packs, packs) if reshards else (packs if pp == 1 else 1, 1)
+        sent = {
+            "pp": packs * ends * message * num_stages(config) / pp,
+            "dp_replicate": sums * 8 * weights / shards * (copies - 1) / copies,
+            "dp_shard": weights * (b * gathers + 4 * sums) * (shards - 1) / shards,
+            "cp": packs * sum(block.sent[1] for block in blocks),
+            "tp": packs * sum(block.sent[0] for block in blocks),
+        }
+        return Footprint(memory, [block.kept for block in blocks], {a: sent[a] for a in AXES if shape[a] > 1})
 
-    syncs = packs if config.reshard_after_forward and pp == 1 else 1
-    if is_alone:
-        halves, gradients = (b * weights if b == 2 else 0), (4 * weights if work.compiled or packs > 1 else 0)
-    else:
-        whole = not config.reshard_after_forward or pp > 1  # a pipeline holds its weights for the whole step
-        halves = b * (weights if whole else weights - in_blocks + 2 * largest)
-        gradients = 0 if packs == 1 else 4 * weights / shards if syncs > 1 else 4 * weights
-    in_flight = 1.0 if pp == 1 else _in_flight(config, packs, rank)
-    streams_T = [tokens / (tp * (1 if i else shape["cp"])) for i, tokens in enumerate(work.tokens)]
-    state = sum(hidden * b * T for T in streams_T)  # between blocks
-    kept = in_flight * sum(block.now for block in blocks)
-    kept += sum(2 * hidden * b * T for T in work.tokens[:-1])  # the memory, and what its norm read
-    ends = (rank > 0) + (not is_last)
-    buffers = packs * ends * state + (in_flight * state if pp > 1 else 0)
-    logits = 2 * b if work.compiled else 2 * b + 12
-    around = 6 * hidden * b if hasattr(model.head, "dense") else 0  # its input and what dense, GELU and norm keep
-    head = 2 * hidden * b * work.tokens[-1] + work.targets * (vocabulary * logits + around)
-    backward = max(block.widest + block.all - block.now for block in blocks)
-    working = max(backward, head if is_last else 0)
-    working += 0 if is_alone else (b + 4) * largest  # gathered or reduced meanwhile
-    if halves + gradients + kept < 4 * weights / shards:  # little is kept: the peak is where the backward ends
-        halves, gradients, kept = 0, 4 * weights / shards, max(block.now for block in blocks)
-    memory = {
-        "weights": 4 * weights / shards,
-        "optimizer state": (8 * weights - (4 * in_blocks if work.muon else 0)) / shards,
-        "gradients": gradients,
-        "half-precision weights" if b == 2 else "gathered weights": halves,
-        "activations": kept,
-        "workspace": working,
-        "messages": buffers,
-    }
-    gathers = packs * (2 if config.reshard_after_forward else 1) if pp == 1 else 1
-    sent = {
-        "pp": packs * ends * state * (num_stages(config) / pp),
-        "dp_replicate": syncs * 2 * 4 * weights / shards * (copies - 1) / copies,
-        "dp_shard": weights * (b * gathers + 4 * syncs) * (shards - 1) / shards,
-        "cp": packs * sum(block.sent[1] for block in blocks),
-        "tp": packs * sum(block.sent[0] for block in blocks),
-    }
-    return Footprint(memory, {axis: sent[axis] for axis in AXES if shape[axis] > 1})
+    def _block(self, name: str, number: int) -> _Block:
+        """number: from 1, of the block on its rank."""
+        b, tp, block = self.work.width, self.config.tp, self.model.get_submodule(name)
+        stream = next(i for i, glob in enumerate(self.plan.units) if matches(name, [glob]))
+        cp = 1 if stream else self.config.cp
+        T = self.work.tokens[stream] / cp
+        x, gathered, products = self.hidden * b * T / tp, self.hidden * b * T, 0
+        dear, cheap, widest, keys = 0.0, 0.0, 0.0, 0.0  # dear: what recompute=selective keeps
+        for sub, module in block.named_modules():
+            word, parent = self.words.get(f"{name}.{sub}", ""), block.get_submodule(sub.rpartition(".")[0])
+            products += word.startswith(("column", "row"))
+            if word == "norm":
+                dear, cheap = dear + x, cheap + 8 * T / tp
+            elif word == "column of memory":
+                dear += module.out_features * b * self.work.tokens[0] / tp
+            elif word == "column":
+                written = module.out_features * b * T / tp
+                if cp > 1 and sub == "attention.qkv":  # queries of its own, keys and values of all
+                    written, keys = written / 3 * (1 + 2 * cp), written / 3 * 2 * (cp - 1)
+                dear += written if getattr(parent, "activation", "") != "relu" else 0
+                dear, cheap = (dear + gathered, cheap) if tp > 1 else (dear, cheap + gathered)
+            elif word == "row" and hasattr(parent, "head_dim"):
+                read, heads = module.in_features * b * T / tp, module.in_features / parent.head_dim / tp
+                is_turned = hasattr(self.model.config, "rotary_base") and cp == 1
+                dear += read * (3 if is_turned else 1) + 4 * heads * T
+                cheap += 0 if self.work.compiled else read  # sequences' outputs, put together
+                dear += heads * self.work.length * b * T if getattr(block, "scale", None) else 0  # biases, of each pair
+            elif word == "row":
+                cheap += module.in_features * b * T / tp
+                widest = module.in_features * b * T / tp + x + (gathered if tp > 1 else 0)
+        again, mode = number % self.config.recompute_every == 0, self.config.recompute
+        kept = {"none": dear + cheap, "selective": dear, "full": x}[mode if again else "none"]
+        times = 3 if again and mode == "full" else 2
+        return _Block(dear + cheap, kept, widest, (times * products * gathered * (tp - 1) / tp, times * keys))
 
+    def _head(self) -> float:
+        """What is kept between the last block and the loss, with the logits' gradient."""
+        b, padded_vocab = self.work.width, len(self.model.embed.weight)
+        a_target = padded_vocab * (2 * b if self.work.compiled else 2 * b + 12)  # 12: three times in fp32
+        a_target += 6 * self.hidden * b if hasattr(self.model.head, "dense") else 0
+        return 2 * self.hidden * b * self.work.tokens[-1] + a_target * self.work.targets
 
-def _parameters(module: nn.Module, name: str, words: dict[str, str], tp: int) -> float:
-    return sum(
-        p.numel() / (tp if words.get(f"{name}.{sub}", "").startswith(("column", "row")) else 1)
-        for sub, m in module.named_modules()
-        for p in m.parameters(recurse=False)
-    )
+    def _parameters(self, name: str) -> float:
+        cut = {n for n, word in self.words.items() if word.startswith(("column", "row"))}
+        return sum(
+            p.numel() / (self.config.tp if f"{name}.{sub}" in cut else 1)
+            for sub, module in self.model.get_submodule(name).named_modules()
+            for p in module.parameters(recurse=False)
+        )
 
-
-def _in_flight(config: ParallelConfig, packs: int, rank: int) -> float:
-    """Packs whose activations a rank of a pipeline holds at once, most of all."""
-    if config.pp_schedule == "1f1b":
-        return min(packs, config.pp - rank)
-    chunks = (config.pp_stages - 1) * config.pp + 2 * (config.pp - rank - 1) + 1
-    return min(packs, chunks / config.pp_stages)
-
-
-def _block(
-    model: Any,
-    name: str,
-    words: dict[str, str],
-    config: ParallelConfig,
-    shape: dict[str, int],
-    work: Work,
-    stream: int,
-    number: int,
-) -> _Kept:
-    """number: of the block, from 1."""
-    b, tp, cp = work.width, shape["tp"], 1 if stream else shape["cp"]
-    T = work.tokens[stream] / cp
-    block, hidden = model.get_submodule(name), model.config.hidden_size
-    has_bias, turns = bool(getattr(block, "scale", None)), hasattr(model.config, "rotary_base")
-    every = chosen = widest = 0.0
-    passes = sent_cp = 0.0
-    for sub, module in block.named_modules():
-        word, parent = words.get(f"{name}.{sub}", ""), block.get_submodule(sub.rpartition(".")[0])
-        if word == "norm":
-            every += 8 * T / tp
-            chosen += hidden * b * T / tp
-        if word == "column of memory":
-            chosen += module.out_features * b * work.tokens[0] / tp
-        if word == "column":
-            every += hidden * b * T
-            own = module.out_features * b * T / tp
-            if cp > 1 and sub == "attention.qkv":
-                own, sent_cp = own / 3 * (1 + 2 * cp), own / 3 * 2 * (cp - 1)
-            chosen += own if getattr(parent, "activation", "") != "relu" else 0
-            chosen += hidden * b * T if tp > 1 else 0
-        if word == "row":
-            read = module.in_features * b * T / tp
-            widest = max(widest, read)
-            if hasattr(parent, "head_dim"):
-                chosen += read + 4 * T * module.in_features / parent.head_dim / tp
-                chosen += 2 * read if turns and cp == 1 and sub == "attention.out" else 0
-                every += 0 if work.compiled else read
-                every += module.in_features / parent.head_dim * work.length * b * T / tp if has_bias else 0
-            else:
-                every += read
-        passes += word.startswith(("column", "row"))
-    every += chosen
-    x = hidden * b * T / tp
-    again = config.recompute != "none" and number % config.recompute_every == 0
-    now = every if not again else x if config.recompute == "full" else chosen
-    times = 3 if again and config.recompute == "full" else 2
-    sent_tp = passes * times * hidden * b * T * (tp - 1) / tp
-    widest += x + (hidden * b * T if tp > 1 else 0)
-    return _Kept(every, now, widest, (sent_tp, times * sent_cp))
+    def _in_flight(self, rank: int) -> float:
+        """Packs whose activations a rank holds at once."""
+        pp, v = self.config.pp, self.config.pp_stages
+        if pp == 1 or self.config.pp_schedule == "1f1b":
+            return min(self.work.packs, pp - rank)
+        return min(self.work.packs, ((v - 1) * pp + 2 * (pp - rank - 1) + 1) / v)
