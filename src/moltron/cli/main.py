@@ -62,7 +62,7 @@ COMMANDS: dict[str, Command] = {
         "how a model can be trained on given GPUs: layout, tokens, memory, messages, and the command line",
         "moltron plan esm2_650M --gpus 8 --memory 80",
         model=True,
-        flags=("gpus", "memory", "node"),
+        flags=plan.OWN,
         load=plan.load,
     ),
     "embed": Command(

@@ -15,6 +15,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from moltron.config import compose, schema
@@ -28,7 +29,7 @@ GIB = 2**30
 CONTEXT, NCCL, SLACK = 0.6 * GIB, 0.5 * GIB, 0.03
 USABLE = 0.99  # of the GiB in a GPU's name
 GOAL = 5e7  # tokens of a pack times hidden size: beyond it no step gets faster a token
-MOST = 4096  # GPUs
+OWN = ("gpus", "memory", "node")  # keys that `moltron train` does not have
 
 
 @dataclass
@@ -62,13 +63,15 @@ class Choice:
 
 def load(kind: type, arguments: argparse.Namespace) -> Request:
     """Raises ConfigError."""
-    flags = [f"{key}={value}" for key in ("gpus", "memory", "node") if (value := getattr(arguments, key)) is not None]
+    flags = [f"{key}={value}" for key in OWN if (value := getattr(arguments, key)) is not None]
     config, start = training(arguments.model, [*arguments.overrides, *flags], kind)
-    problems = [f"{key}={getattr(config, key)} must be greater than 0" for key in ("gpus", "memory", "node")]
-    if problems := [p for p, key in zip(problems, ("gpus", "memory", "node")) if not getattr(config, key) > 0]:
+    problems = [f"{key}={getattr(config, key)} must be greater than 0" for key in OWN if not getattr(config, key) > 0]
+    if config.gpus > config.node > 0 and config.gpus % config.node:
+        problems.append(f"gpus={config.gpus} must be a multiple of node={config.node}, the GPUs of one node")
+    if problems:
         raise compose.ConfigError(problems)
-    own = ("gpus=", "memory=", "node=")
-    return Request(arguments.model, config, start, [key for key in arguments.overrides if not key.startswith(own)])
+    given = [override for override in arguments.overrides if override.partition("=")[0] not in OWN]
+    return Request(arguments.model, config, start, given)
 
 
 def training(model: str, given: Sequence[str], kind: type = schema.PlanConfig) -> tuple[Any, list[str]]:
@@ -92,15 +95,13 @@ def answer(request: Request) -> tuple[str, bool]:
     model, config = _model(request.config), request.config
     found = propose(request, config, model)
     if not found.fits and not request.gives("parallel."):
-        needs = (found.footprint.peak + found.extra) / USABLE / GIB
-        gpus = config.gpus
-        while gpus < MOST and not propose(request, replace(config, gpus=(gpus := 2 * gpus)), model).fits:
-            pass
-        more = f" or {gpus} GPUs" if propose(request, replace(config, gpus=gpus), model).fits else ""
+        sizes = [config.gpus * 2**i for i in range(1, 11)]
+        gpus = next((n for n in sizes if propose(request, replace(config, gpus=n), model).fits), None)
         raise ValueError(
             f"{request.model} does not fit on {_gpus(config)}: the smallest peak found is "
             f"{found.footprint.peak / GIB:.1f} GiB of tensors ({' '.join(_keys(request, found.config))}). It needs "
-            f"GPUs of {needs:.0f} GB{more}"
+            f"GPUs of {ceil((found.footprint.peak + found.extra) / USABLE / GIB)} GB"
+            + (f", or {gpus} of these" if gpus else "")
         )
     return _describe(request, found, model), found.fits
 
@@ -190,7 +191,7 @@ def predict(config: schema.TrainConfig, world: int, device: str = "cuda", model:
     work = Work(
         tokens,
         targets=objective.num_targets(tokens[0]) if objective.streams == 1 else tokens[1],  # type: ignore[attr-defined]
-        packs=config.batch.packs // (copies * shards),
+        packs=-(-config.batch.packs // (copies * shards)),
         width=4 if precision == "fp32" else 2,
         compiled=compiled,
         muon=config.optim.name == "muon",

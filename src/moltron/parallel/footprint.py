@@ -134,24 +134,25 @@ class _Layout:
         cp = 1 if stream else self.config.cp
         T = self.work.tokens[stream] / cp
         x, gathered, products = self.hidden * b * T / tp, self.hidden * b * T, 0
+        turns = hasattr(self.model.config, "rotary_base")
         dear, cheap, widest, keys = 0.0, 0.0, 0.0, 0.0  # dear: what recompute=selective keeps
         for sub, module in block.named_modules():
             word, parent = self.words.get(f"{name}.{sub}", ""), block.get_submodule(sub.rpartition(".")[0])
             products += word.startswith(("column", "row"))
             if word == "norm":
                 dear, cheap = dear + x, cheap + 8 * T / tp
-            elif word == "column of memory":
+            elif word.startswith("column of"):  # the memory
                 dear += module.out_features * b * self.work.tokens[0] / tp
             elif word == "column":
                 written = module.out_features * b * T / tp
-                if cp > 1 and sub == "attention.qkv":  # queries of its own, keys and values of all
-                    written, keys = written / 3 * (1 + 2 * cp), written / 3 * 2 * (cp - 1)
+                if cp > 1 and sub == "attention.qkv":  # queries of its own (not turned: a view of all three), all keys
+                    third, keys = written / 3, written / 3 * 2 * (cp - 1)
+                    written = third * (2 * cp + (1 if turns else 3))
                 dear += written if getattr(parent, "activation", "") != "relu" else 0
                 dear, cheap = (dear + gathered, cheap) if tp > 1 else (dear, cheap + gathered)
             elif word == "row" and hasattr(parent, "head_dim"):
                 read, heads = module.in_features * b * T / tp, module.in_features / parent.head_dim / tp
-                is_turned = hasattr(self.model.config, "rotary_base") and cp == 1
-                dear += read * (3 if is_turned else 1) + 4 * heads * T
+                dear += read * (3 if turns and cp == 1 else 1) + 4 * heads * T
                 cheap += 0 if self.work.compiled else read  # sequences' outputs, put together
                 dear += heads * self.work.length * b * T if getattr(block, "scale", None) else 0  # biases, of each pair
             elif word == "row":
