@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 done, but some r
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import os
 import re
@@ -158,12 +159,15 @@ def _describe_keys(root: type) -> str:
     lines, defaults = [], root()
     for key, field in compose.schema_fields(root):
         owner = _owner(root, key)
-        found = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(owner), re.MULTILINE)
+        found = re.search(rf"^    {field.name}: .*?  # (.*)$", _source(owner), re.MULTILINE)
         default = attrgetter(key)(defaults)
         shown = "required" if default == "???" else str(default).lower() if isinstance(default, bool) else default
         text = f"  {key} ({shown})"
         lines.append(f"{text:<44} {found.group(1)}" if found else text)
     return "\n".join(lines).replace("%", "%%")
+
+
+_source = functools.cache(inspect.getsource)
 
 
 def _owner(root: type, key: str) -> type:

@@ -211,11 +211,11 @@ def _model(config: schema.TrainConfig) -> Any:
 
 def _describe(request: Request, found: Choice, model: Any) -> str:
     from moltron.models.spec import num_parameters
-    from moltron.parallel.mesh import mesh_shape
+    from moltron.parallel.mesh import AXES, mesh_shape
 
     config, footprint, b = found.config, found.footprint, found.config.batch
     blocks, total = footprint.blocks, footprint.peak + found.extra
-    shape = dict(zip(("pp", "dp_replicate", "dp_shard", "cp", "tp"), mesh_shape(config.parallel, config.gpus)))
+    shape = dict(zip(AXES, mesh_shape(config.parallel, config.gpus), strict=True))
     each = f"{min(blocks) / GIB:.2f}" + (f" to {max(blocks) / GIB:.2f}" if max(blocks) > 1.01 * min(blocks) else "")
     notes = {
         "weights": "fp32",
@@ -244,14 +244,13 @@ def _describe(request: Request, found: Choice, model: Any) -> str:
 
 
 def _keys(request: Request, config: schema.PlanConfig) -> list[str]:
-    """What of the choice differs from the preset, and what was given."""
-    preset, _ = training(request.model, [])
+    """What was given, and what of the choice differs from the preset."""
     keys = list(request.given)
     named = {key.partition("=")[0] for key in keys}
     for section in ("batch", "parallel"):
         for key, value in vars(getattr(config, section)).items():
             name = f"{section}.{key}"
-            if name not in named and value != getattr(getattr(preset, section), key):
+            if name not in named and value != getattr(getattr(request.config, section), key):
                 keys.append(f"{name}={str(value).lower()}")
     return keys
 

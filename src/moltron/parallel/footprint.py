@@ -63,11 +63,11 @@ def footprint(model: Any, plan: ParallelPlan, config: ParallelConfig, world: int
 
 
 class _Block(NamedTuple):
-    """Bytes. everything: kept without recomputing; kept: as it is; widest: of what the backward needs beside.
-
-    sent: by tensor and by context parallelism for one pack.
+    """parameters: their number. Bytes: everything: kept without recomputing; kept: as it is; widest: of what the
+    backward needs beside; sent: by tensor and by context parallelism for one pack.
     """
 
+    parameters: float
     everything: float
     kept: float
     widest: float
@@ -77,20 +77,19 @@ class _Block(NamedTuple):
 class _Layout:
     def __init__(self, model: Any, plan: ParallelPlan, config: ParallelConfig, world: int, work: Work):
         self.model, self.plan, self.config, self.work = model, plan, config, work
-        self.shape = dict(zip(AXES, mesh_shape(config, world), strict=True))
-        self.is_alone, self.hidden = world == 1, model.config.hidden_size
-        names = [name for name, _ in model.named_modules()]
-        self.words = {name: word for glob, word in plan.tensor.items() for name in names if matches(name, [glob])}
+        self.shape, self.hidden = dict(zip(AXES, mesh_shape(config, world), strict=True)), model.config.hidden_size
 
     def rank(self, rank: int, names: list[str]) -> Footprint:
         """names: modules that this rank of the pipeline has."""
         b, packs, config, shape = self.work.width, self.work.packs, self.config, self.shape
         pp, tp, copies, shards = config.pp, config.tp, config.dp_replicate, shape["dp_shard"] * shape["cp"]
-        sizes = {name: self._parameters(name) for name in names}
-        units = [name for name in names if matches(name, self.plan.units)]
-        blocks = [self._block(name, i) for i, name in enumerate(units, 1)]
-        weights, in_blocks = sum(sizes.values()), sum(sizes[name] for name in units)
-        largest, reshards = max(sizes[name] for name in units), config.reshard_after_forward and pp == 1
+        units = {name: i for name in names for i, glob in enumerate(self.plan.units) if matches(name, [glob])}
+        kinds = [(stream, i % config.recompute_every == 0) for i, stream in enumerate(units.values(), 1)]
+        known = {kind: self._block(name, *kind) for kind, name in dict(zip(kinds, units)).items()}
+        blocks = [known[kind] for kind in kinds]
+        in_blocks, largest = sum(block.parameters for block in blocks), max(block.parameters for block in blocks)
+        weights = in_blocks + sum(self._parameters(name) for name in {*names} - {*units})
+        reshards = config.reshard_after_forward and pp == 1
         in_flight = self._in_flight(rank)
 
         ends = (rank > 0) + (rank < pp - 1)
@@ -98,7 +97,7 @@ class _Layout:
         message = self.hidden * b * sum(cuts)  # hidden states between two blocks
         kept = in_flight * sum(block.kept for block in blocks)
         kept += 2 * self.hidden * b * sum(self.work.tokens[:-1])  # the memory, and what its norm read
-        if self.is_alone:
+        if shards * copies * tp * pp == 1:
             halves, gradients = (b * weights if b == 2 else 0), (4 * weights if self.work.compiled or packs > 1 else 0)
             working = 0.0
         else:
@@ -127,17 +126,16 @@ class _Layout:
         }
         return Footprint(memory, [block.kept for block in blocks], {a: sent[a] for a in AXES if shape[a] > 1})
 
-    def _block(self, name: str, number: int) -> _Block:
-        """number: from 1, of the block on its rank."""
+    def _block(self, name: str, stream: int, again: bool) -> _Block:
+        """again: whether it is one of those that `recompute` is for."""
         b, tp, block = self.work.width, self.config.tp, self.model.get_submodule(name)
-        stream = next(i for i, glob in enumerate(self.plan.units) if matches(name, [glob]))
         cp = 1 if stream else self.config.cp
         T = self.work.tokens[stream] / cp
         x, gathered, products = self.hidden * b * T / tp, self.hidden * b * T, 0
         turns = hasattr(self.model.config, "rotary_base")
         dear, cheap, widest, keys = 0.0, 0.0, 0.0, 0.0  # dear: what recompute=selective keeps
         for sub, module in block.named_modules():
-            word, parent = self.words.get(f"{name}.{sub}", ""), block.get_submodule(sub.rpartition(".")[0])
+            word, parent = self._word(f"{name}.{sub}"), block.get_submodule(sub.rpartition(".")[0])
             products += word.startswith(("column", "row"))
             if word == "norm":
                 dear, cheap = dear + x, cheap + 8 * T / tp
@@ -158,10 +156,11 @@ class _Layout:
             elif word == "row":
                 cheap += module.in_features * b * T / tp
                 widest = module.in_features * b * T / tp + x + (gathered if tp > 1 else 0)
-        again, mode = number % self.config.recompute_every == 0, self.config.recompute
-        kept = {"none": dear + cheap, "selective": dear, "full": x}[mode if again else "none"]
-        times = 3 if again and mode == "full" else 2
-        return _Block(dear + cheap, kept, widest, (times * products * gathered * (tp - 1) / tp, times * keys))
+        mode = self.config.recompute if again else "none"
+        kept = {"none": dear + cheap, "selective": dear, "full": x}[mode]
+        times = 3 if mode == "full" else 2
+        sent = times * products * gathered * (tp - 1) / tp, times * keys
+        return _Block(self._parameters(name), dear + cheap, kept, widest, sent)
 
     def _head(self) -> float:
         """What is kept between the last block and the loss, with the logits' gradient."""
@@ -170,13 +169,14 @@ class _Layout:
         a_target += 6 * self.hidden * b if hasattr(self.model.head, "dense") else 0
         return 2 * self.hidden * b * self.work.tokens[-1] + a_target * self.work.targets
 
+    def _word(self, name: str) -> str:
+        return next((word for glob, word in self.plan.tensor.items() if matches(name, [glob])), "")
+
     def _parameters(self, name: str) -> float:
-        cut = {n for n, word in self.words.items() if word.startswith(("column", "row"))}
-        return sum(
-            p.numel() / (self.config.tp if f"{name}.{sub}" in cut else 1)
-            for sub, module in self.model.get_submodule(name).named_modules()
-            for p in module.parameters(recurse=False)
-        )
+        """On this rank, of tensor parallelism; FSDP2 shares them out further."""
+        modules = [(self._word(f"{name}.{sub}"), m) for sub, m in self.model.get_submodule(name).named_modules()]
+        sizes = [(word, p.numel()) for word, m in modules for p in m.parameters(recurse=False)]
+        return sum(size / (self.config.tp if word.startswith(("column", "row")) else 1) for word, size in sizes)
 
     def _in_flight(self, rank: int) -> float:
         """Packs whose activations a rank holds at once."""

@@ -27,7 +27,7 @@ def chosen(capsys, *arguments) -> TrainConfig:
     words = words[words.index("train") + 1 :]
     preset = words[words.index("--config-name") + 1] if "--config-name" in words else None
     config = compose.load_config(TrainConfig, [word for word in words if "=" in word], preset)
-    world = next((int(value) for key, value in zip(arguments, arguments[1:]) if key == "--gpus"), 1)
+    world = int(arguments[arguments.index("--gpus") + 1])
     assert [p for p in validate(config, world) if not p.startswith("data.path=")] == []
     return config
 
@@ -39,10 +39,11 @@ def chosen(capsys, *arguments) -> TrainConfig:
         ("esm2_650M --gpus 8 --memory 80", 32768, 64, {}),  # sharding alone
         ("esm2_650M --gpus 1 --memory 80", 32768, 64, {}),
         ("esm2_650M --gpus 1 --memory 40", 16384, 128, {}),  # rather smaller packs than recomputing
-        ("esm2_650M --gpus 1 --memory 24", 16384, 128, dict(recompute="selective")),
+        ("esm2_650M --gpus 1 --memory 24", 8192, 256, dict(recompute="selective")),
+        ("esm2_650M --gpus 1 --memory 20", 32768, 64, dict(recompute="full")),
         ("esm2_650M --gpus 16 --memory 80", 32768, 64, dict(dp_replicate=2)),  # copies between nodes
         ("esm2_15B --gpus 8 --memory 80", 4096, 512, dict(reshard_after_forward=True)),
-        ("esm2_15B --gpus 32 --memory 24", 4096, 512, dict(reshard_after_forward=True, recompute="full")),
+        ("esm2_15B --gpus 32 --memory 16", 4096, 512, dict(reshard_after_forward=True, recompute="full")),
         ("pretrain_prott5_small --gpus 2 --memory 24", 1024, 2, {}),  # the tokens of a step stay near the preset's
     ],
 )
@@ -55,7 +56,7 @@ def test_proposals(capsys, arguments, tokens, packs, parallel):
 
 def test_what_shards_cannot_do_is_cut_inside_of_a_node(capsys):
     """Sequences of which not one fits: tensor parallelism; and a pipeline before more GPUs than a node has."""
-    config = chosen(capsys, *"esm2_3B --gpus 8 --memory 40 data.max_length=262144".split())
+    config = chosen(capsys, "esm2_3B", "--gpus", "8", "--memory", "40", "data.max_length=262144")
     assert config.parallel.recompute == "full" and 1 < config.parallel.tp <= 8
     layouts = list(plan._layouts(plan.training("esm2_15B", ["gpus=32", "node=4"])[0]))
     assert max(layout.tp for layout in layouts) == 4 and max(layout.cp for layout in layouts) == 4
@@ -64,16 +65,16 @@ def test_what_shards_cannot_do_is_cut_inside_of_a_node(capsys):
 
 
 def test_a_decoder_keeps_its_share(capsys):
-    config = chosen(capsys, *"megamolbart_small --gpus 8 --memory 40".split())
+    config = chosen(capsys, "megamolbart_small", "--gpus", "8", "--memory", "40")
     assert (config.batch.tokens, config.batch.decoder_tokens, config.batch.packs) == (32768, 40960, 8)
 
 
 def test_a_model_without_a_training_preset(capsys):
-    assert chosen(capsys, *"prott5_xl --gpus 8 --memory 80".split()).objective.name == "span_corruption"
+    assert chosen(capsys, "prott5_xl", "--gpus", "8", "--memory", "80").objective.name == "span_corruption"
 
 
 def test_what_is_given_stays(capsys):
-    given = "parallel.tp=2 batch.tokens=32768 parallel.recompute=full train.seed=7".split()
+    given = ["parallel.tp=2", "batch.tokens=32768", "parallel.recompute=full", "train.seed=7"]
     code, shown, _ = run(capsys, "esm2_650M", "--gpus", "2", "--memory", "80", *given)
     assert code == 0 and shown.splitlines()[-1].endswith(" ".join(given))
     assert "tp 2" in shown and "33 blocks" in shown and re.search(r"tp \(2\) +\d", shown)
@@ -97,6 +98,6 @@ def test_when_nothing_fits_it_says_what_would(capsys):
 
 def test_users_faults(capsys):
     assert "no such preset" in run(capsys, "esm2_7M", "--gpus", "8")[2]
-    for wrong in ("--gpus 0", "--memory -3", "--gpus 12", "--gpus 2 parallel.tp=3", "--gpus 2 paralel.tp=2"):
+    for wrong in ("--gpus 0", "--memory -3", "--gpus 12", "--gpus 2 parallel.tp=3", "--gpus 2 parallel.tpp=2"):
         code, _, error = run(capsys, "esm2_650M", *wrong.split())
         assert code == 2 and "problem" in error, wrong
