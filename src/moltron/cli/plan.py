@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -215,7 +216,7 @@ def _describe(request: Request, found: Choice, model: Any) -> str:
 
     config, footprint, b = found.config, found.footprint, found.config.batch
     blocks, total = footprint.blocks, footprint.peak + found.extra
-    shape = dict(zip(AXES, mesh_shape(config.parallel, config.gpus), strict=True))
+    shape: dict[str, int] = dict(zip(AXES, mesh_shape(config.parallel, config.gpus), strict=True))
     each = f"{min(blocks) / GIB:.2f}" + (f" to {max(blocks) / GIB:.2f}" if max(blocks) > 1.01 * min(blocks) else "")
     notes = {
         "weights": "fp32",
@@ -227,8 +228,8 @@ def _describe(request: Request, found: Choice, model: Any) -> str:
     rows += [
         ("tensors", footprint.peak, "torch.cuda.max_memory_allocated"),
         ("context, NCCL, allocator", found.extra, ""),
+        ("in all", total, f"of {config.memory * USABLE:.1f}" + ("" if found.fits else ": does not fit")),
     ]
-    rows += [("in all", total, f"of {config.memory * USABLE:.1f}" + ("" if found.fits else ": does not fit"))]
     lines = [
         f"{request.model}: {num_parameters(model):,} parameters, {_gpus(config)}",
         f"mesh: {' × '.join(f'{axis} {n}' for axis, n in shape.items() if n > 1) or 'one GPU'}; {b.packs} packs of "
@@ -262,7 +263,8 @@ def _command(request: Request, config: schema.PlanConfig) -> str:
         train = [f"torchrun --nnodes {nodes} --nproc-per-node {config.node} {there} -m", *train]
     elif config.gpus > 1:
         train = [f"torchrun --standalone --nproc-per-node {config.gpus} -m", *train]
-    return " ".join([*train, "data.path=store", "run_dir=run", *_keys(request, config)])
+    places = [place for place in ("data.path=store", "run_dir=run") if not request.gives(place.partition("=")[0])]
+    return " ".join([*train, *places, *map(shlex.quote, _keys(request, config))])
 
 
 def _gpus(config: schema.PlanConfig) -> str:
