@@ -29,7 +29,7 @@ GIB = 2**30
 # what the allocator holds in pieces that do not fit
 CONTEXT, NCCL, SLACK = 0.6 * GIB, 0.5 * GIB, 0.03
 USABLE = 0.99  # of the GiB in a GPU's name
-GOAL = 5e7  # tokens of a pack times hidden size: beyond it no step gets faster a token
+GOAL = 5e7  # tokens of a pack times hidden size: about what the presets have; not measured to be the best
 OWN = ("gpus", "memory", "node")  # keys that `moltron train` does not have
 
 
