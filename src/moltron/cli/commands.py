@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
+from moltron.cli.plan import Request, answer
 from moltron.config.schema import (
     ConvertConfig,
     DownloadConfig,
@@ -39,6 +40,12 @@ def train(config: TrainConfig) -> int:
     from moltron.train.loop import train
 
     return train(config).exit_code
+
+
+def plan(request: Request) -> int:
+    text, fits = answer(request)
+    print(text)
+    return 0 if fits else 1
 
 
 def embed(config: EmbedConfig) -> int:

@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 done, but some r
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import os
 import re
@@ -18,17 +19,28 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from moltron.cli import commands
+from moltron.cli import commands, plan
 from moltron.config import compose, schema
+
+
+def _load(schema: type, arguments: argparse.Namespace) -> Any:
+    names = getattr(arguments, "config_name", None), getattr(arguments, "config_dir", None) or ()
+    return compose.load_config(schema, arguments.overrides, *names)
 
 
 @dataclass(frozen=True)
 class Command:
+    """presets: whether there is --config-name. model: whether a MODEL comes first. flags: keys that may be written
+    `--key VALUE`. load: (schema, arguments) → what `run` takes."""
+
     schema: type
     run: Callable[[Any], int]
     summary: str
     example: str
     presets: bool = False
+    model: bool = False
+    flags: tuple[str, ...] = ()
+    load: Callable[[type, argparse.Namespace], Any] = _load
 
 
 COMMANDS: dict[str, Command] = {
@@ -44,6 +56,15 @@ COMMANDS: dict[str, Command] = {
         "pre-train a model; run again with the same run_dir to resume",
         "moltron train --config-name pretrain_esm2_8M data.path=store run_dir=run train.max_steps=100",
         presets=True,
+    ),
+    "plan": Command(
+        schema.PlanConfig,
+        commands.plan,
+        "how a model can be trained on given GPUs: layout, tokens, memory, messages, and the command line",
+        "moltron plan esm2_650M --gpus 8 --memory 80",
+        model=True,
+        flags=plan.OWN,
+        load=plan.load,
     ),
     "embed": Command(
         schema.EmbedConfig,
@@ -86,12 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.overrides += others
     command = COMMANDS[arguments.command]
     try:
-        config = compose.load_config(
-            command.schema,
-            arguments.overrides,
-            getattr(arguments, "config_name", None),
-            getattr(arguments, "config_dir", None) or (),
-        )
+        config = command.load(command.schema, arguments)
     except compose.ConfigError as error:
         print(f"moltron {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -121,6 +137,10 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=f"example:\n  {command.example}\n\nkeys (default):\n{_describe_keys(command.schema)}",
         )
+        if command.model:
+            one.add_argument("model", metavar="MODEL", help="a preset of a model or of a training")
+        for flag in command.flags:
+            one.add_argument(f"--{flag}", metavar="N", help=f"the same as {flag}=N")
         one.add_argument("overrides", nargs="*", metavar="key=value", help="set a key, see below")
         if command.presets:
             names = ", ".join(n for n in compose.preset_names() if not n.startswith("_"))
@@ -139,12 +159,15 @@ def _describe_keys(root: type) -> str:
     lines, defaults = [], root()
     for key, field in compose.schema_fields(root):
         owner = _owner(root, key)
-        found = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(owner), re.MULTILINE)
+        found = re.search(rf"^    {field.name}: .*?  # (.*)$", _source(owner), re.MULTILINE)
         default = attrgetter(key)(defaults)
         shown = "required" if default == "???" else str(default).lower() if isinstance(default, bool) else default
         text = f"  {key} ({shown})"
         lines.append(f"{text:<44} {found.group(1)}" if found else text)
     return "\n".join(lines).replace("%", "%%")
+
+
+_source = functools.cache(inspect.getsource)
 
 
 def _owner(root: type, key: str) -> type:

@@ -149,6 +149,17 @@ class TrainConfig:
 
 
 @dataclass
+class PlanConfig(TrainConfig):
+    """moltron plan: keys of `moltron train` that are given stay as they are, and these"""
+
+    run_dir: str = literal("run")
+    data: DataConfig = field(default_factory=lambda: DataConfig(path="store"))
+    gpus: int = 1  # how many there are, of all nodes
+    memory: float = 80  # of one GPU, as its name says, in GB
+    node: int = 8  # GPUs of one node, which talk to each other faster than to those of others
+
+
+@dataclass
 class PrepareConfig:
     """moltron prepare"""
 
