@@ -28,7 +28,7 @@ from moltron.parallel.mesh import build_mesh, data_mesh
 from moltron.parallel.pipeline import Pipeline, matches, pipeline_of
 from moltron.parallel.precision import DTYPES, compute_in, mixed_precision
 from moltron.parallel.recompute import recompute_units
-from moltron.parallel.tensor import own_part, stacked, tensor_parallel
+from moltron.parallel.tensor import local, own_part, stacked, tensor_parallel
 
 
 def units(model: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
@@ -105,11 +105,6 @@ def assign_full(parameter: nn.Parameter, value: Tensor) -> None:
     """Write a full tensor, equal on every rank, into a parameter that may be sharded. No communication."""
     with torch.no_grad():
         local(parameter.data).copy_(own_part(value, parameter))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded: a view."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_stack(parts: Tensor, like: Tensor) -> Tensor:

@@ -237,8 +237,6 @@ def _cut_problems(config: TrainConfig, model_config: Any, objective: type[Object
     if (stages := num_stages(config.parallel)) > blocks:
         problems.append(f"parallel.pp={pp} makes {stages} pipeline stages, the model has {blocks} blocks: lower it")
     asked = "parallel." + " × ".join(f"{axis}={n}" for axis, n in (("pp", pp), ("tp", tp), ("cp", cp)) if n > 1)
-    if not getattr(model_config, "can_be_cut", True):
-        problems.append(f"{asked}: relative position biases cannot be cut yet; use parallel.dp_shard")
     if objective.reconstructs and config.train.eval_molecules:
         problems.append(f"{asked}: decoding is not cut: set train.eval_molecules=0")
     return problems

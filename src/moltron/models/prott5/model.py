@@ -38,11 +38,6 @@ class ProtT5Config:
         return self.architecture == "nv"
 
     @property
-    def can_be_cut(self) -> bool:
-        """By tensor parallelism."""
-        return self.architecture == "nv"
-
-    @property
     def trains_compiled(self) -> bool:
         """Not with a bias by distance: where it takes a gradient, attention goes by lengths, new in each pack."""
         return self.architecture == "nv"
