@@ -22,14 +22,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 
 from moltron.config.schema import ParallelConfig
 from moltron.models.batch import Output, PackedBatch
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.tensor import local
 
-SCHEDULES = ("1f1b", "interleaved")
+SCHEDULES: dict[str, Any] = {
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
 Loss = Callable[[Any, PackedBatch], tuple[Tensor, Tensor]]
 
 
@@ -38,12 +49,23 @@ def matches(name: str, globs: Sequence[str]) -> bool:
 
 
 def num_stages(config: ParallelConfig) -> int:
-    return config.pp * (config.pp_stages if config.pp_schedule == "interleaved" else 1)
+    return config.pp * {"1f1b": 1, "zbv": 2}.get(config.pp_schedule, config.pp_stages)
+
+
+def rank_of(stage: int, config: ParallelConfig) -> int:
+    """Which rank of a pipeline has a stage: they go round, or, in a V, there and back."""
+    turn, index = divmod(stage, config.pp)
+    return config.pp - 1 - index if config.pp_schedule == "zbv" and turn else index
+
+
+def splits_backward(config: ParallelConfig) -> bool:
+    """Whether gradients of weights wait for idle time, when those of the inputs have long been sent (zero bubble)."""
+    return config.pp > 1 and config.pp_schedule in ("zero_bubble", "zbv")
 
 
 def share_out(names: Sequence[str], units: Sequence[str], copied: Mapping[str, str], stages: int) -> list[list[str]]:
-    """Modules of each stage: equally many blocks (matches of `units`), what stands around them in `names`, and `copied`:
-    modules, each with the glob of those that read it.
+    """Modules of each stage: equally many blocks (matches of `units`), what stands around them in `names`, and
+    `copied`: modules, each with the glob of those that read it.
     """
     blocks, shares = sum(matches(name, units) for name in names), [[] for _ in range(stages)]
     done = 0
@@ -88,12 +110,12 @@ class Stage(nn.Module):
     """Hidden states in, hidden states out; from the last stage logits, or the loss of a pack, (1,).
 
     packs: those that it will be called with, in their order. loss: what the last stage makes of its logits.
-    losses: what it gave.
+    losses: what it gave. splits: the backward is split, and torch detaches what is handed on, which others may read.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, splits: bool):
         super().__init__()
-        self.model = model
+        self.model, self.splits = model, splits
         self.prepare([])
 
     def prepare(self, packs: list[PackedBatch], loss: Loss | None = None) -> None:
@@ -103,8 +125,10 @@ class Stage(nn.Module):
     def forward(self, *streams: Tensor) -> tuple[Tensor, ...] | Tensor:
         batch = next(self.packs)
         output: Output = self.model(batch, (), streams)
-        if output.logits is None or self.loss is None:
-            return output.streams if output.logits is None else output.logits
+        if output.logits is None:
+            return tuple(x.clone() for x in output.streams) if self.splits else output.streams
+        if self.loss is None:
+            return output.logits
         loss = torch.stack((self.loss(output, batch)[0],))
         self.losses.append(loss.detach())
         return loss
@@ -122,11 +146,12 @@ class Pipeline:
     ):
         """whole: on the meta device; becomes `model`. mesh: of one axis. dtype: of hidden states."""
         self.plan, self.config, self.dtype, self.group = plan, config, dtype, mesh.get_group()
-        self.ranks = dist.get_process_group_ranks(self.group)
-        self.num_stages = num_stages(config)
+        self.num_stages, ranks = num_stages(config), dist.get_process_group_ranks(self.group)
+        self.rank_of = [ranks[rank_of(i, config)] for i in range(self.num_stages)]
         self.shares = shares_of(whole, plan, self.num_stages)
-        own = [i for i in range(self.num_stages) if i % config.pp == mesh.get_local_rank()]
-        self.stages = {i: Stage(keep(copy.deepcopy(whole), self.shares, self.shares[i])) for i in own}
+        own = [i for i, rank in enumerate(self.rank_of) if rank == dist.get_rank()]
+        splits = splits_backward(config)
+        self.stages = {i: Stage(keep(copy.deepcopy(whole), self.shares, self.shares[i]), splits) for i in own}
         self.model = keep(whole, self.shares, [name for i in own for name in self.shares[i]])
         for i in reversed(own):  # of several copies the first stage's is the model's
             for name in self.shares[i]:
@@ -141,7 +166,7 @@ class Pipeline:
             holders = [i for i, share in enumerate(self.shares) if name in share]
             here = [self.stages[i].model.get_submodule(name) for i in holders if i in self.stages]
             if here:
-                self.copied.append((here, list(dict.fromkeys(self.ranks[i % self.config.pp] for i in holders))))
+                self.copied.append((here, sorted({self.rank_of[i] for i in holders})))
             if here and holders[0] not in self.stages:
                 self.copies |= {f"{name}.{p}" for p, _ in here[0].named_parameters()}
 
@@ -160,7 +185,7 @@ class Pipeline:
         for stage in self.stages.values():
             if stage.losses:
                 losses_P += torch.cat(stage.losses)
-        dist.broadcast(losses_P, self.ranks[-1], self.group)
+        dist.broadcast(losses_P, self.rank_of[-1], self.group)
         return losses_P
 
     @torch.no_grad()
@@ -168,21 +193,24 @@ class Pipeline:
         """Logits at the batch's targets, on every rank; hidden states stay where they are."""
         assert batch.targets is not None
         self._equal_copies()
-        pp, device = self.config.pp, batch.ids.device
+        device, left = batch.ids.device, None
         config: Any = self.model.config
         shape = (len(batch.targets), config.vocab_size)
         result: Any = torch.empty(shape, dtype=self.dtype, device=device)
         for i, stage in self.stages.items():
-            streams = [torch.empty_like(x, device=device) for x in self._enter(i, batch)]
-            for x in streams:
-                dist.recv(x, self.ranks[(i - 1) % pp], self.group)
+            streams: Any = left
+            if i - 1 not in self.stages:
+                streams = [torch.empty_like(x, device=device) for x in self._enter(i, batch)]
+                for x in streams:
+                    dist.recv(x, self.rank_of[i - 1], self.group)
             stage.prepare([batch])
             left = stage(*streams)
             if i == self.num_stages - 1:
                 result = left.contiguous()  # type: ignore[union-attr]
-            for x in left if i < self.num_stages - 1 else ():
-                dist.send(x, self.ranks[(i + 1) % pp], self.group)
-        dist.broadcast(result, self.ranks[-1], self.group)
+            elif i + 1 not in self.stages:
+                for x in left:
+                    dist.send(x, self.rank_of[i + 1], self.group)
+        dist.broadcast(result, self.rank_of[-1], self.group)
         return Output(result.new_empty(0), result, {})
 
     def _equal_copies(self) -> None:
@@ -231,9 +259,8 @@ class Pipeline:
             for i, stage in self.stages.items()
         ]
         settings: Any = dict(loss_fn=lambda loss, _: loss * self.scale, scale_grads=False)
-        if self.config.pp_schedule == "1f1b":
-            return Schedule1F1B(stages[0], len(packs), **settings)
-        return ScheduleInterleaved1F1B([*stages], len(packs), **settings)
+        schedule = SCHEDULES[self.config.pp_schedule]
+        return schedule(stages[0] if schedule is Schedule1F1B else stages, len(packs), **settings)
 
     def _enter(self, i: int, batch: PackedBatch) -> tuple[Tensor, ...]:
         """The tensors, on the meta device, that stage `i` takes; nothing for the first. After the last: the loss.

@@ -36,7 +36,7 @@ from moltron.objectives import OBJECTIVES, Objective
 from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, load_full_state, parallelize, reshard
 from moltron.parallel.mesh import mesh_shape
-from moltron.parallel.pipeline import SCHEDULES, num_stages, pipeline_of
+from moltron.parallel.pipeline import SCHEDULES, num_stages, pipeline_of, splits_backward
 from moltron.parallel.precision import DTYPES, resolve_precision
 from moltron.parallel.recompute import MODES as RECOMPUTE
 from moltron.tokenizers import Tokenizer, get_tokenizer
@@ -176,7 +176,7 @@ def _pack_problems(config: TrainConfig, world: int) -> list[str]:
     if packs > 0 and packs % world:
         near = max(world, round(packs / world) * world)
         return [f"batch.packs={packs} cannot be shared equally by {world} processes: set batch.packs={near}"]
-    each, is_loop = packs // world, config.parallel.pp_schedule == "interleaved"
+    each, is_loop = packs // world, config.parallel.pp_schedule in ("interleaved", "zero_bubble")
     if pp > 1 and packs > 0 and (each < pp or (is_loop and each % pp)):
         wanted = f"{'a multiple of' if is_loop else 'at least'} parallel.pp={pp}"
         fix = -(-each // pp) * pp * world
@@ -239,7 +239,22 @@ def _cut_problems(config: TrainConfig, model_config: Any, objective: type[Object
     asked = "parallel." + " × ".join(f"{axis}={n}" for axis, n in (("pp", pp), ("tp", tp), ("cp", cp)) if n > 1)
     if objective.reconstructs and config.train.eval_molecules:
         problems.append(f"{asked}: decoding is not cut: set train.eval_molecules=0")
-    return problems
+    return problems + _split_problems(config, model_config)
+
+
+def _split_problems(config: TrainConfig, model_config: Any) -> list[str]:
+    """With what torch cannot split a backward, or loses gradients in it (docs/parallelism.md)."""
+    p = config.parallel
+    unfit = {
+        "train.compile=true": config.train.compile,
+        "parallel.reshard_after_forward=true": p.reshard_after_forward,
+        f"parallel.recompute={p.recompute}": p.recompute != "none",
+        "relative positions": getattr(model_config, "blocks_share_weights", False),
+    }
+    found = [what for what, is_so in unfit.items() if is_so]
+    if not splits_backward(p) or not found:
+        return []
+    return [f"parallel.pp_schedule={p.pp_schedule} is not for {', '.join(found)}: use 1f1b or interleaved"]
 
 
 def _model_section(config: TrainConfig) -> tuple[str | None, dict[str, Any]]:
@@ -297,6 +312,7 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
     model_config = make_config(family, architecture)
     # elsewhere attention goes by lengths, new in each pack
     can_compile = device.type == "cuda" and precision != "fp32" and getattr(model_config, "trains_compiled", True)
+    can_compile &= not splits_backward(config.parallel)
     if config.train.compile and not can_compile:
         needs = "CUDA, train.precision=bf16 or fp16, and a model without relative biases"
         raise ConfigError([f"train.compile=true needs {needs}: leave it out"])

@@ -74,6 +74,21 @@ def test_what_is_cut_does_not_decode(config, axis):
     assert validate(config, world=2) == []
 
 
+@pytest.mark.parametrize("schedule", ["zero_bubble", "zbv"])
+def test_what_no_split_backward_can_have(config, schedule):
+    config.parallel.pp, config.parallel.pp_schedule, config.parallel.pp_stages = 2, schedule, 1
+    config.model = {**MODEL, "num_layers": 4}
+    assert validate(config, world=2) == []
+    config.train.compile, config.parallel.reshard_after_forward, config.parallel.recompute = True, True, "full"
+    unfit = "train.compile=true, parallel.reshard_after_forward=true, parallel.recompute=full"
+    said = f"parallel.pp_schedule={schedule} is not for"
+    assert validate(config, world=2) == [f"{said} {unfit}: use 1f1b or interleaved"]
+    config.train.compile, config.parallel.reshard_after_forward, config.parallel.recompute = False, False, "none"
+    config.model = {**config.model, "family": "prott5", "architecture": "t5", "num_decoder_layers": 4}
+    config.objective.name = "span_corruption"
+    assert validate(config, world=2) == [f"{said} relative positions: use 1f1b or interleaved"]
+
+
 def test_noam_needs_a_warm_up(config):
     config.optim.schedule.name, config.optim.schedule.warmup_steps = "noam", 0
     (problem,) = validate(config, 1)

@@ -38,6 +38,11 @@ class ProtT5Config:
         return self.architecture == "nv"
 
     @property
+    def blocks_share_weights(self) -> bool:
+        """The table of relative positions."""
+        return self.architecture == "t5"
+
+    @property
     def trains_compiled(self) -> bool:
         """Not with a bias by distance: where it takes a gradient, attention goes by lengths, new in each pack."""
         return self.architecture == "nv"
