@@ -10,7 +10,7 @@ compiled graphs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -115,17 +115,6 @@ def gather_stack(parts: Tensor, like: Tensor) -> Tensor:
     placements = [stacked(p) for p in like.placements]
     settings: Any = dict(run_check=False, shape=shape, stride=stride)
     return DTensor.from_local(parts, like.device_mesh, placements, **settings).full_tensor()
-
-
-def load_full_state(model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> None:
-    """Fill every parameter from (name, full tensor) pairs; a name too many or too few is an error."""
-    parameters = dict(model.named_parameters())
-    for name, value in state:
-        if name not in parameters:
-            raise ValueError(f"the model has no parameter {name!r}")
-        assign_full(parameters.pop(name), value)
-    if parameters:
-        raise ValueError(f"no weights for {', '.join(sorted(parameters))}")
 
 
 def reshard(model: nn.Module) -> None:

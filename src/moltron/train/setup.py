@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import moltron
 from moltron.checkpoint.manager import CheckpointManager, list_checkpoints
-from moltron.checkpoint.weights import Pretrained, load_pretrained
+from moltron.checkpoint.weights import Source, fill, find_source
 from moltron.common.logging import get_logger
 from moltron.common.manifest import read_json, write_json
 from moltron.config.compose import ConfigError, dump_config, load_yaml
@@ -34,7 +34,7 @@ from moltron.models.registry import architecture_problems, build_model, get_spec
 from moltron.models.spec import ModelSpec, num_parameters
 from moltron.objectives import OBJECTIVES, Objective
 from moltron.parallel import collectives
-from moltron.parallel.apply import assign_full, load_full_state, parallelize, reshard
+from moltron.parallel.apply import assign_full, parallelize, reshard
 from moltron.parallel.mesh import mesh_shape
 from moltron.parallel.pipeline import SCHEDULES, num_stages, pipeline_of, splits_backward
 from moltron.parallel.precision import DTYPES, resolve_precision
@@ -284,22 +284,22 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_config(config: TrainConfig) -> Pretrained | None:
+def check_config(config: TrainConfig) -> Source | None:
     """Find the model of a run to resume, or of `init`, which is returned. Raises ConfigError with all problems."""
-    folder, pretrained = Path(config.run_dir), None
+    folder, source = Path(config.run_dir), None
     if not config.model and (folder / "config.yaml").is_file():
         config.model = load_yaml(TrainConfig, folder / "config.yaml").model
     if not config.model and config.init is not None:
-        pretrained = load_pretrained(config.init)
-        config.model = {"family": pretrained.spec.name, **dataclasses.asdict(pretrained.config)}
+        source = find_source(config.init)
+        config.model = {"family": source.spec.name, **dataclasses.asdict(source.config)}
     problems = validate(config, collectives.world_size())
     if problems:
         raise ConfigError(problems)
-    return pretrained
+    return source
 
 
-def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained | None) -> Run:
-    """Build and fill everything. pretrained: see `check_config`. Raises ValueError where files do not fit."""
+def build_run(config: TrainConfig, device: torch.device, source: Source | None) -> Run:
+    """Build and fill everything. source: see `check_config`. Raises ValueError where files do not fit."""
     folder = Path(config.run_dir)
     collectives.share_packs(config.parallel.cp * config.parallel.tp, config.parallel.pp)
     _warn(config)
@@ -347,7 +347,7 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
         compiled=compiled,
         parameters=parameters,
     )
-    run.meta = _fill(run, pretrained)
+    run.meta = _fill(run, source)
     if collectives.rank() == 0:
         _certify(run)
     collectives.barrier()
@@ -413,7 +413,7 @@ def _check_same_run(config: TrainConfig, folder: Path, stores: dict[str, Store])
         )
 
 
-def _fill(run: Run, pretrained: Pretrained | None) -> dict[str, Any] | None:
+def _fill(run: Run, source: Source | None) -> dict[str, Any] | None:
     """Give the model its numbers: a checkpoint's, `init`'s, or the seed's. Returns the meta of the first."""
     latest = run.manager.find_latest()
     if latest is not None:
@@ -429,14 +429,14 @@ def _fill(run: Run, pretrained: Pretrained | None) -> dict[str, Any] | None:
     if run.config.init is None:
         run.model.init_weights(run.config.train.seed, assign=assign_full)  # type: ignore[operator]
         return None
-    pretrained = pretrained or load_pretrained(run.config.init)
-    ours, theirs = dataclasses.asdict(run.architecture), dataclasses.asdict(pretrained.config)
-    if pretrained.spec.name != run.spec.name or ours != theirs:
+    source = source or find_source(run.config.init)
+    ours, theirs = dataclasses.asdict(run.architecture), dataclasses.asdict(source.config)
+    if source.spec.name != run.spec.name or ours != theirs:
         found = [f"model.{k}: {theirs.get(k)} → {v}" for k, v in ours.items() if theirs.get(k) != v]
-        names = f"{pretrained.spec.name} is not {run.spec.name}; " if pretrained.spec.name != run.spec.name else ""
+        names = f"{source.spec.name} is not {run.spec.name}; " if source.spec.name != run.spec.name else ""
         raise ValueError(f"init={run.config.init} is another model: {names}{', '.join(found)}: change model or init")
-    here = {name for name, _ in run.model.named_parameters()}
-    load_full_state(run.model, [(n, p) for n, p in pretrained.model.state_dict().items() if n in here])
+    if why := fill(source, dict(run.model.named_parameters()), assign_full, run.manager.restore):
+        raise ValueError(f"init={run.config.init}: {why}")
     log.info("Starting from the weights of %s", run.config.init)
     return None
 
