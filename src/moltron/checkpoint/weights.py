@@ -1,6 +1,7 @@
 """Weights in and out: what a user names becomes a model, and a model becomes a folder that others can read.
 
-    WHAT ──resolve──> (kind, path) ──load_pretrained──> Pretrained(spec, config, model, source)
+    WHAT ──resolve──> (kind, path) ──find_source──> Source(spec, config, weights not read yet)
+    Source ──fill──> parameters, whole or shards     WHAT ──load_pretrained──> Pretrained(spec, config, model, source)
     model ──save_pretrained──> config.json + model.safetensors, in our layout or that of `transformers`
 
 Kinds: checkpoint (a training checkpoint of ours), moltron (our exchange folder: our names, family and configuration in
@@ -15,7 +16,7 @@ import dataclasses
 import difflib
 import logging
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -31,7 +32,7 @@ from moltron.checkpoint.download import REPOSITORIES, fetch
 from moltron.checkpoint.manager import MANIFEST, find_good, load_tensors, problem_of, read_manifest
 from moltron.common.manifest import read_json, staged_folder, write_json
 from moltron.config.schema import ConvertConfig
-from moltron.models.encoder import MissingHead
+from moltron.models.encoder import MissingHead, copy_value
 from moltron.models.registry import FAMILIES, get_spec, make_config
 from moltron.models.spec import ModelSpec
 from moltron.tokenizers import get_tokenizer
@@ -40,6 +41,19 @@ SHARD_BYTES = 5 * 10**9  # the most that one safetensors file of an exported mod
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL_TYPE = "moltron"  # `model_type` of our own exchange folders
 log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Source:
+    """Described, not read yet. path: the file or folder.
+
+    weights: our names and tensors, mapped, to be read once; None: a training checkpoint's, read in place.
+    """
+
+    spec: ModelSpec
+    config: Any
+    weights: Iterable[tuple[str, Tensor]] | None
+    path: Path
 
 
 @dataclass(eq=False)
@@ -92,42 +106,63 @@ def resolve(what: str | Path) -> tuple[str, Path]:
     )
 
 
+def find_source(what: str | Path) -> Source:
+    """What a user names, see `resolve`: which model it is, and where its weights are."""
+    kind, path = resolve(what)
+    reader = {"checkpoint": _checkpoint, "moltron": _ours, "huggingface": _huggingface, "fair-esm": _fair}[kind]
+    return Source(*reader(path), path)
+
+
 def load_pretrained(
     what: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Pretrained:
     """A model with its weights, in evaluation mode. what: see `resolve`. dtype: of all parameters; None: float32."""
-    kind, path = resolve(what)
-    reader = {"checkpoint": _checkpoint, "moltron": _ours, "huggingface": _huggingface, "fair-esm": _fair}[kind]
-    spec, config, weights = reader(path)
+    source = find_source(what)
     with torch.device("meta"):
-        model = spec.model(config)
+        model = source.spec.model(source.config)
     model = model.to(dtype or torch.float32).to_empty(device=device).eval()
-    if weights is None:
-        load_tensors(path, {f"model.{name}": p for name, p in model.named_parameters()})
-    else:
-        _fill(model, weights, str(path))
-    return Pretrained(spec, config, model, str(path))
+    if why := fill(source, dict(model.named_parameters())):
+        model.head = MissingHead(why)
+    return Pretrained(source.spec, source.config, model, str(source.path))
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]], source: str) -> None:
-    """Copy tensors into a new model; every parameter gets its value, unless the head or contact head is absent."""
-    left = dict(model.named_parameters())
+def fill(
+    source: Source,
+    parameters: Mapping[str, nn.Parameter],
+    assign: Callable[[nn.Parameter, Tensor], None] = copy_value,
+    restore: Callable[[Path, Mapping[str, Tensor]], Any] = load_tensors,
+) -> str | None:
+    """Give parameters their values, one tensor at a time: all of the model's, or those that a pipeline's rank has.
+
+    The contact head may be absent, and the head: then the sentence that says so is returned. restore: see
+    `load_tensors`.
+    """
+    if source.weights is None:
+        restore(source.path, {f"model.{name}": p for name, p in parameters.items()})
+        return None
+    with torch.device("meta"):
+        left = dict(source.spec.model(source.config).named_parameters())
     head = {name for name in left if name.startswith("head.")}
-    for name, tensor in weights:
-        parameter = left.pop(name, None)
-        if parameter is None or parameter.shape != tensor.shape:
-            here = "no such parameter" if parameter is None else f"{list(parameter.shape)} by its configuration"
-            raise ValueError(f"{source}: {name} has shape {list(tensor.shape)}, {here}")
-        parameter.copy_(tensor)
-    contacts = [left.pop(name).zero_() for name in list(left) if name.startswith("contact_head.")]
-    if contacts:
-        log.info("%s: no contact regression; predicted contacts mean nothing", source)
+
+    def give(name: str, tensor: Tensor) -> None:
+        whole = left.pop(name, None)
+        if whole is None or whole.shape != tensor.shape:
+            here = "no such parameter" if whole is None else f"{list(whole.shape)} by its configuration"
+            raise ValueError(f"{source.path}: {name} has shape {list(tensor.shape)}, {here}")
+        if name in parameters:
+            assign(parameters[name], tensor)
+
+    for name, tensor in source.weights:
+        give(name, tensor)
+    if contacts := [name for name in left if name.startswith("contact_head.")]:
+        log.info("%s: no contact regression; predicted contacts mean nothing", source.path)
+    for name in contacts:
+        give(name, torch.zeros(left[name].shape))
     if left and set(left) != head:
-        raise ValueError(f"{source}: missing {', '.join(sorted(left))}")
-    if left:
-        publishers = "EsmForMaskedLM and T5ForConditionalGeneration do"
-        model.head = MissingHead(f"{source} has no language-model head (weights of {publishers})")
+        raise ValueError(f"{source.path}: missing {', '.join(sorted(left))}")
+    publishers = "EsmForMaskedLM and T5ForConditionalGeneration do"
+    return f"{source.path} has no language-model head (weights of {publishers})" if left else None
 
 
 Found = tuple[ModelSpec, Any, Iterable[tuple[str, Tensor]] | None]  # family, configuration, our names and tensors

@@ -108,8 +108,10 @@ class CheckpointConfig:
 @dataclass
 class ParallelConfig:
     pp: int = 1  # pipeline parallel: ranks that share the blocks of a model; packs pass through them one after another
-    pp_schedule: str = "1f1b"  # 1f1b | interleaved (pp_stages stages a rank: less waiting, more messages)
-    pp_stages: int = 2  # interleaved: stages a rank
+    # 1f1b | interleaved (pp_stages stages a rank: less waiting, more messages) | zero_bubble (as well, and weights'
+    # gradients are computed where a rank would wait) | zbv (so, too; two stages a rank, there and back)
+    pp_schedule: str = "1f1b"
+    pp_stages: int = 2  # interleaved, zero_bubble: stages a rank
     dp_replicate: int = 1  # copies of the weights; each is sharded over dp_shard ranks
     dp_shard: int | None = None  # None: all ranks that the others leave
     cp: int = 1  # context parallel: ranks that share the tokens of each pack

@@ -39,7 +39,7 @@ else:
 class RelativeBias(NamedTuple):
     """Added to the score of every query and key of a sequence, by their distance.
 
-    table: (N, 2R+1) fp32; column R + clamp(k − q, −R, R) is for a key k − q tokens behind its query.
+    table: (N, 2R+1) fp32 at least; column R + clamp(k − q, −R, R) is for a key k − q tokens behind its query.
     """
 
     table: Tensor
@@ -56,7 +56,7 @@ def attend_qkv(qkv_TN3H: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
     qkv_TN3H: as one projection writes it; only this rank's tokens where `layout` has a share. Returns (T, N, H).
     """
     if layout.share is not None:
-        return _attend_shared(qkv_TN3H, layout, layout.share, rotary)
+        return _attend_shared(qkv_TN3H, layout, layout.share, rotary, None, None)
     if packed_attention and _suits_kernels(qkv_TN3H):
         return packed_attention(qkv_TN3H, layout.tiles, rotary)
     q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
@@ -65,14 +65,16 @@ def attend_qkv(qkv_TN3H: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
     return _attend_by_lengths(q_TNH, k_TNH, v_TNH, layout, layout, False, None, None)
 
 
-def _attend_shared(qkv_TN3H: Tensor, layout: Layout, share: Share, rotary: Rotary) -> Tensor:
+def _attend_shared(
+    qkv_TN3H: Tensor, layout: Layout, share: Share, rotary: Rotary, bias: RelativeBias | None, scale: float | None
+) -> Tensor:
     """Queries of this rank's tokens, keys and values of all."""
     q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
     if rotary is not None:
         cos, sin = (table[share.start : share.stop] for table in rotary)
         q_TNH, k_TNH = apply_rotary(q_TNH, cos, sin), apply_rotary(k_TNH, cos, sin)
     kv_SN2H = share.gather(torch.stack((k_TNH, v_TNH), 2))
-    return attend([q_TNH[:, :, None], kv_SN2H], share.queries, layout)
+    return attend([q_TNH[:, :, None], kv_SN2H], share.queries, layout, bias=bias, scale=scale)
 
 
 def attend(
@@ -88,12 +90,15 @@ def attend(
 
     projections: (tokens, N, P, H) each, their parts in order q, k and v: [qkv_TN3H], or [q_TN1H, kv_SN2H].
     causal: token i sees keys 0 … i of its sequence. scale: None is 1 / √H. A query without any key (an empty sequence
-    of `k_layout`) gets zeros.
+    of `k_layout`) gets zeros. Where `q_layout` has a share, [qkv_TN3H] of this rank's tokens, not causal.
     """
     first = projections[0]
+    if q_layout.share is not None:
+        return _attend_shared(first, q_layout, q_layout.share, None, bias, scale)
     learns = any(x.requires_grad for x in projections) or (bias is not None and bias.table.requires_grad)
-    trained_bias = bias is not None and torch.is_grad_enabled() and learns
-    if attend_projections and _suits_kernels(first) and not trained_bias:  # its backward knows no bias
+    # with a bias the kernel has no backward, and counts every sequence's queries from its first token
+    odd_bias = bias is not None and (q_layout.offsets is not None or (torch.is_grad_enabled() and learns))
+    if attend_projections and _suits_kernels(first) and not odd_bias:
         table = None if bias is None else bias.table
         number = first.shape[-1] ** -0.5 if scale is None else scale
         return attend_projections(projections, q_layout, k_layout, causal=causal, bias_table=table, scale=number)
@@ -116,11 +121,12 @@ def _attend_by_lengths(
     bias: RelativeBias | None,
     scale: float | None,
 ) -> Tensor:
-    pairs = zip(q_layout.lengths, k_layout.lengths, strict=True)
-    runs = [(q, k, sum(1 for _ in run)) for (q, k), run in groupby(pairs)]
-    q_sizes, k_sizes = [q * count for q, _, count in runs], [k * count for _, k, count in runs]
+    offsets = q_layout.offsets or (0,) * len(q_layout.lengths)
+    sequences = zip(q_layout.lengths, k_layout.lengths, offsets, strict=True)
+    runs = [(*lengths, sum(1 for _ in run)) for lengths, run in groupby(sequences)]
+    q_sizes, k_sizes = [q * count for q, _, _, count in runs], [k * count for _, k, _, count in runs]
     outs = []
-    for (q_length, k_length, count), q, k, v in zip(
+    for (q_length, k_length, offset, count), q, k, v in zip(
         runs, q_TNH.split(q_sizes), k_SNH.split(k_sizes), v_SNH.split(k_sizes), strict=True
     ):
         if not q_length:
@@ -130,7 +136,7 @@ def _attend_by_lengths(
             continue
         q_BNQH = q.unflatten(0, (count, q_length)).transpose(1, 2)
         k_BNKH, v_BNKH = (x.unflatten(0, (count, k_length)).transpose(1, 2) for x in (k, v))
-        mask_1NQK = None if bias is None else _mask(bias, q_length, k_length, causal).to(q.dtype)
+        mask_1NQK = None if bias is None else _mask(bias, q_length, k_length, offset, causal).to(q.dtype)
         out_BNQH = F.scaled_dot_product_attention(
             q_BNQH, k_BNKH, v_BNKH, mask_1NQK, is_causal=causal and bias is None, scale=scale
         )
@@ -138,11 +144,12 @@ def _attend_by_lengths(
     return torch.cat(outs)
 
 
-def _mask(bias: RelativeBias, q_length: int, k_length: int, causal: bool) -> Tensor:
-    """(1, N, Q, K) to add to the scores; −∞ where a causal query must not look.
+def _mask(bias: RelativeBias, q_length: int, k_length: int, offset: int, causal: bool) -> Tensor:
+    """(1, N, Q, K) to add to the scores; −∞ where a causal query must not look. offset: keys before the first query.
 
     With three dimensions SDPA would leave its CPU kernel, whose bits do not depend on the batch, for matrix products.
     """
-    q_Q, k_K = (torch.arange(length, device=bias.table.device) for length in (q_length, k_length))
+    device = bias.table.device
+    q_Q, k_K = torch.arange(offset, offset + q_length, device=device), torch.arange(k_length, device=device)
     mask_1NQK = bias.between(q_Q, k_K)[None]
     return mask_1NQK.masked_fill(k_K > q_Q[:, None], -torch.inf) if causal else mask_1NQK

@@ -43,6 +43,7 @@ class Layout:
     lengths: the B lengths on the host, so that no path waits for the device.
     tiles: (T // TILE + B, 4) int32, `tile_table`.
     share: where a rank holds only some of the tokens; None: it holds all.
+    offsets: of a share's sequences, how many of their tokens other ranks hold that come before; None: none.
     """
 
     cu_seqlens: Tensor
@@ -50,6 +51,7 @@ class Layout:
     lengths: tuple[int, ...]
     tiles: Tensor
     share: Share | None = None
+    offsets: tuple[int, ...] | None = None
 
     @staticmethod
     def of(lengths: np.ndarray, pin: bool = False) -> Layout:

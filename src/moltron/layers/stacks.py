@@ -179,10 +179,10 @@ class Stack(nn.Module):
         """The table of all distances, of one row of weights a bucket; nothing is read from the device."""
         if self.relative_bias is None:
             return None
-        rows = self.relative_bias.weight.float().split(1)
-        return RelativeBias(
-            torch.cat([rows[bucket].expand(count, -1) for bucket, count in self.columns]).t().contiguous()
-        )
+        device = self.relative_bias.weight.device
+        buckets = torch.cat([torch.full((count,), bucket, device=device) for bucket, count in self.columns])
+        rows: Tensor = self.relative_bias(buckets)
+        return RelativeBias(rows.to(torch.promote_types(rows.dtype, torch.float32)).t().contiguous())
 
     def forward(
         self, x_TD: Tensor, layout: Layout, *memory: Tensor | Layout, hidden_layers: Collection[int] = ()

@@ -23,7 +23,9 @@ class ParallelPlan:
     tensor: how tensor parallelism cuts a module (`parallel.tensor.STYLES`); what a model does not have is passed over.
     context: between which modules context parallelism shares tokens: the first block, the norm behind the last.
     stages: all modules in the forward's order, as pipeline stages share them out: each begins with a block (a match of
-        `units`). What is named twice is a copy, whose gradients are added up. A model does without what others hold.
+        `units`). A model does without what others hold.
+    copied: modules that several stages read, and the glob of what reads them there: each such stage has a copy, whose
+        gradients are added up.
     """
 
     units: tuple[str, ...]
@@ -32,11 +34,12 @@ class ParallelPlan:
     tensor: Mapping[str, str] = field(default_factory=dict)
     context: tuple[str, str] = ("layers.0", "norm")
     stages: tuple[str, ...] = ()
+    copied: Mapping[str, str] = field(default_factory=dict)
 
 
 def block_plan(blocks: str, crosses: bool = False) -> dict[str, str]:
     """`ParallelPlan.tensor` of pre-norm blocks: heads and feed-forward are cut, tokens between them. blocks: a glob."""
-    cross = {"cross_norm": "norm", "cross_attention.query": "column", "cross_attention.kv": "column of memory"}
+    cross = {"cross_norm": "norm", "cross_attention.query": "column", "cross_attention.kv": "column of whole"}
     plan = {"attention_norm": "norm", "attention.qkv": "column", "attention.out": "row"}
     plan |= cross | {"cross_attention.out": "row"} if crosses else {}
     plan |= {"mlp_norm": "norm", "mlp.up": "column", "mlp.down": "row"}

@@ -11,7 +11,7 @@ compiled graphs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from moltron.parallel.mesh import build_mesh, data_mesh
 from moltron.parallel.pipeline import Pipeline, matches, pipeline_of
 from moltron.parallel.precision import DTYPES, compute_in, mixed_precision, swap_to_fp8
 from moltron.parallel.recompute import recompute_units
-from moltron.parallel.tensor import own_part, stacked, tensor_parallel
+from moltron.parallel.tensor import local, own_part, stacked, tensor_parallel
 
 
 def units(model: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
@@ -118,11 +118,6 @@ def assign_full(parameter: nn.Parameter, value: Tensor) -> None:
         local(parameter.data).copy_(own_part(value, parameter))
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded: a view."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def gather_stack(parts: Tensor, like: Tensor) -> Tensor:
     """This rank's parts of K tensors that are laid out as `like`, (K, …) → the whole tensors, in few collectives."""
     if not isinstance(like, DTensor):
@@ -131,17 +126,6 @@ def gather_stack(parts: Tensor, like: Tensor) -> Tensor:
     placements = [stacked(p) for p in like.placements]
     settings: Any = dict(run_check=False, shape=shape, stride=stride)
     return DTensor.from_local(parts, like.device_mesh, placements, **settings).full_tensor()
-
-
-def load_full_state(model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> None:
-    """Fill every parameter from (name, full tensor) pairs; a name too many or too few is an error."""
-    parameters = dict(model.named_parameters())
-    for name, value in state:
-        if name not in parameters:
-            raise ValueError(f"the model has no parameter {name!r}")
-        assign_full(parameters.pop(name), value)
-    if parameters:
-        raise ValueError(f"no weights for {', '.join(sorted(parameters))}")
 
 
 def reshard(model: nn.Module) -> None:

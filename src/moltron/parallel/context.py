@@ -27,8 +27,9 @@ def share_of(layout: Layout, index: int, ranks: int, gather: Any) -> Share:
     ends = np.cumsum(np.array(layout.lengths, dtype=np.int64))
     starts = ends - np.array(layout.lengths, dtype=np.int64)
     here = np.clip(np.minimum(ends, stop) - np.maximum(starts, start), 0, None)
-    device = layout.positions.device
-    return Share(start, stop, Layout.of(here).each(lambda x: x.to(device)), gather)
+    before = np.where(here > 0, np.clip(start - starts, 0, None), 0)
+    queries = replace(Layout.of(here), offsets=tuple(before.tolist()) if before.any() else None)
+    return Share(start, stop, queries.each(lambda x: x.to(layout.positions.device)), gather)
 
 
 def enter_context(model: nn.Module, first: str, mesh: DeviceMesh) -> None:

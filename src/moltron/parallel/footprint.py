@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from moltron.config.schema import ParallelConfig
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.mesh import AXES, mesh_shape
-from moltron.parallel.pipeline import in_order, matches, num_stages, share_out
+from moltron.parallel.pipeline import matches, num_stages, shares_of
 
 CUBLAS = 2 * 2**25  # 32 MiB of workspace on each of two streams (Hopper)
 
@@ -57,7 +57,7 @@ class Footprint:
 def footprint(model: Any, plan: ParallelPlan, config: ParallelConfig, world: int, work: Work) -> Footprint:
     """model: whole, on the meta device. Raises ValueError where the axes do not make `world`."""
     layout = _Layout(model, plan, config, world, work)
-    shares = share_out(in_order(model, plan.stages), plan.units, num_stages(config))
+    shares = shares_of(model, plan, num_stages(config))
     ranks = [layout.rank(i, [name for share in shares[i :: config.pp] for name in share]) for i in range(config.pp)]
     return max(ranks, key=lambda found: found.peak)
 

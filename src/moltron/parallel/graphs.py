@@ -53,6 +53,9 @@ class Graphed:
         return tuple(x.clone() for x in recording.outputs)
 
     def _now(self, batch: PackedBatch, tensor: Tensor) -> tuple[Tensor, ...]:
+        for layout in (batch.layout, batch.decoder_layout):
+            for x in () if layout is None else (layout.cu_seqlens, layout.tiles):
+                torch._dynamo.maybe_mark_dynamic(x, 0)  # one compilation, and its bits, for any number of sequences
         here = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):

@@ -4,9 +4,9 @@
     packs ──Pipeline.backward: torch's schedule──> hidden states to the next stage, gradients back ──> losses
     pack  ──Pipeline.forward──> logits on every rank
 
-All ranks of a pipeline build the same packs, so each knows the layouts and only hidden states travel. A module that two
-stages hold (a tied embedding) has two copies: equal to begin with, equal gradients after every step. Knows nothing of
-families: what comes first and last is in the plan.
+All ranks of a pipeline build the same packs, so each knows the layouts and only hidden states travel. A module that
+several stages read (a tied embedding) has a copy on each: equal to begin with, equal gradients after every step. Knows
+nothing of families: what comes first and last is in the plan.
 
 P packs of a step, S stages, D width
 """
@@ -14,7 +14,7 @@ P packs of a step, S stages, D width
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,14 +22,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
-from torch.distributed.tensor import DTensor
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 
 from moltron.config.schema import ParallelConfig
 from moltron.models.batch import Output, PackedBatch
 from moltron.models.spec import ParallelPlan
+from moltron.parallel.tensor import local
 
-SCHEDULES = ("1f1b", "interleaved")
+SCHEDULES: dict[str, Any] = {
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
 Loss = Callable[[Any, PackedBatch], tuple[Tensor, Tensor]]
 
 
@@ -38,16 +49,33 @@ def matches(name: str, globs: Sequence[str]) -> bool:
 
 
 def num_stages(config: ParallelConfig) -> int:
-    return config.pp * (config.pp_stages if config.pp_schedule == "interleaved" else 1)
+    return config.pp * {"1f1b": 1, "zbv": 2}.get(config.pp_schedule, config.pp_stages)
 
 
-def share_out(names: Sequence[str], units: Sequence[str], stages: int) -> list[list[str]]:
-    """Modules of each stage: equally many blocks (matches of `units`), and what stands around them in `names`."""
+def rank_of(stage: int, config: ParallelConfig) -> int:
+    """Which rank of a pipeline has a stage: they go round, or, in a V, there and back."""
+    turn, index = divmod(stage, config.pp)
+    return config.pp - 1 - index if config.pp_schedule == "zbv" and turn else index
+
+
+def splits_backward(config: ParallelConfig) -> bool:
+    """Whether gradients of weights wait for idle time, when those of the inputs have long been sent (zero bubble)."""
+    return config.pp > 1 and config.pp_schedule in ("zero_bubble", "zbv")
+
+
+def share_out(names: Sequence[str], units: Sequence[str], copied: Mapping[str, str], stages: int) -> list[list[str]]:
+    """Modules of each stage: equally many blocks (matches of `units`), what stands around them in `names`, and
+    `copied`: modules, each with the glob of those that read it.
+    """
     blocks, shares = sum(matches(name, units) for name in names), [[] for _ in range(stages)]
     done = 0
     for name in names:
         done += matches(name, units)
         shares[max(done - 1, 0) * stages // blocks].append(name)
+    for module, readers in copied.items():
+        for share in shares:
+            if module not in share and any(matches(name, [readers]) for name in share):
+                share.append(module)
     return shares
 
 
@@ -56,9 +84,19 @@ def in_order(model: nn.Module, globs: Sequence[str]) -> list[str]:
     return [name for glob in globs for name, _ in model.named_modules() if matches(name, [glob])]
 
 
-def keep(model: nn.Module, names: Sequence[str], kept: Sequence[str]) -> nn.Module:
-    """In place: of the modules `names` only those in `kept` stay."""
-    for name in set(names) - set(kept):
+def shares_of(model: nn.Module, plan: ParallelPlan, stages: int) -> list[list[str]]:
+    """`share_out` by a plan, which must have a place for every parameter."""
+    copied = {name: plan.copied[name] for name in in_order(model, [*plan.copied])}
+    shares = share_out(in_order(model, plan.stages), plan.units, copied, stages)
+    placed = tuple(f"{name}." for share in shares for name in share)
+    if homeless := [name for name, _ in model.named_parameters() if not name.startswith(placed)]:
+        raise ValueError(f"the plan's stages have no place for {', '.join(homeless)}")
+    return shares
+
+
+def keep(model: nn.Module, shares: Sequence[Sequence[str]], kept: Sequence[str]) -> nn.Module:
+    """In place: of the modules in `shares` only those in `kept` stay."""
+    for name in {name for share in shares for name in share} - set(kept):
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
         if isinstance(owner, nn.ModuleDict):
@@ -72,23 +110,26 @@ class Stage(nn.Module):
     """Hidden states in, hidden states out; from the last stage logits, or the loss of a pack, (1,).
 
     packs: those that it will be called with, in their order. loss: what the last stage makes of its logits.
-    losses: what it gave.
+    losses: what it gave. splits: the backward is split, and torch detaches what is handed on, which others may read.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, splits: bool):
         super().__init__()
-        self.model = model
+        self.model, self.splits = model, splits
         self.prepare([])
 
     def prepare(self, packs: list[PackedBatch], loss: Loss | None = None) -> None:
         self.packs, self.loss = iter(packs), loss
         self.losses: list[Tensor] = []
 
-    def forward(self, *streams: Tensor) -> tuple[Tensor, ...] | Tensor:
+    def forward(self, *streams: Tensor, number: Tensor) -> tuple[Tensor, ...] | Tensor:
+        """number: of the pack, (1,); not read, but FSDP2 of torch 2.11 fails on CUDA where nothing is passed."""
         batch = next(self.packs)
         output: Output = self.model(batch, (), streams)
-        if output.logits is None or self.loss is None:
-            return output.streams if output.logits is None else output.logits
+        if output.logits is None:
+            return tuple(x.clone() for x in output.streams) if self.splits else output.streams
+        if self.loss is None:
+            return output.logits
         loss = torch.stack((self.loss(output, batch)[0],))
         self.losses.append(loss.detach())
         return loss
@@ -98,7 +139,7 @@ class Pipeline:
     """The stages of this rank, and what they do together with those of the other ranks.
 
     model: all modules of this rank under their own names; calling it runs `forward`. copies: names of parameters that
-    an earlier stage holds as well, and answers for.
+    an earlier stage of another rank holds as well, and answers for.
     """
 
     def __init__(
@@ -106,83 +147,98 @@ class Pipeline:
     ):
         """whole: on the meta device; becomes `model`. mesh: of one axis. dtype: of hidden states."""
         self.plan, self.config, self.dtype, self.group = plan, config, dtype, mesh.get_group()
-        self.ranks = dist.get_process_group_ranks(self.group)
-        self.num_stages, names = num_stages(config), in_order(whole, plan.stages)
-        homeless = [p for p, _ in whole.named_parameters() if not p.startswith(tuple(f"{name}." for name in names))]
-        if homeless:
-            raise ValueError(f"the plan's stages have no place for {', '.join(homeless)}")
-        self.shares = share_out(names, plan.units, self.num_stages)
-        own = range(mesh.get_local_rank(), self.num_stages, config.pp)
-        self.stages = {i: Stage(keep(copy.deepcopy(whole), names, self.shares[i])) for i in own}
-        self.model = keep(whole, names, [name for i in own for name in self.shares[i]])
-        for i, stage in self.stages.items():
+        self.num_stages, ranks = num_stages(config), dist.get_process_group_ranks(self.group)
+        self.rank_of = [ranks[rank_of(i, config)] for i in range(self.num_stages)]
+        self.shares = shares_of(whole, plan, self.num_stages)
+        own = [i for i, rank in enumerate(self.rank_of) if rank == dist.get_rank()]
+        splits = splits_backward(config)
+        self.stages = {i: Stage(keep(copy.deepcopy(whole), self.shares, self.shares[i]), splits) for i in own}
+        self.model = keep(whole, self.shares, [name for i in own for name in self.shares[i]])
+        for i in reversed(own):  # of several copies the first stage's is the model's
             for name in self.shares[i]:
-                self.model.set_submodule(name, stage.model.get_submodule(name))
+                self.model.set_submodule(name, self.stages[i].model.get_submodule(name))
         self.model.forward = self.forward  # type: ignore[method-assign]
         self.model.pipeline = self  # type: ignore[assignment]
         self.schedule: Any = None
         self.scale: Tensor | None = None
-        self._find_copies(sorted({name for name in names if names.count(name) > 1}))
-
-    def _find_copies(self, names: list[str]) -> None:
-        """names: of modules that two stages hold, on two ranks.
-
-        These send each other their gradients: a group that only they make would put the names of their later ones out
-        of step with what the ranks between them count.
-        """
         self.copies: set[str] = set()
-        self.shared: list[tuple[str, int]] = []  # and the rank that holds the other copy
-        for name in names:
-            first, last = (i for i, share in enumerate(self.shares) if name in share)
-            if self.stages.keys() & {first, last}:
-                held = [f"{name}.{p}" for p, _ in self.model.get_submodule(name).named_parameters()]
-                other = self.ranks[(last if first in self.stages else first) % self.config.pp]
-                self.shared += [(parameter, other) for parameter in held]
-                self.copies |= set() if first in self.stages else set(held)
+        self.copied: list[tuple[list[nn.Module], list[int]]] = []  # of this rank, and the ranks that have some
+        for name in plan.copied:
+            holders = [i for i, share in enumerate(self.shares) if name in share]
+            here = [self.stages[i].model.get_submodule(name) for i in holders if i in self.stages]
+            if here:
+                self.copied.append((here, sorted({self.rank_of[i] for i in holders})))
+            if here and holders[0] not in self.stages:
+                self.copies |= {f"{name}.{p}" for p, _ in here[0].named_parameters()}
 
     def backward(self, packs: list[PackedBatch], scale: Tensor, loss: Loss) -> Tensor:
         """Gradients of a step's packs, of their losses times `scale`, added up; returns the losses, (P,) float64."""
         self.scale = scale
         self.schedule = self.schedule or self._schedule(packs)
+        self._equal_copies()
         for stage in self.stages.values():
             stage.prepare(packs, loss)
-        self.schedule.step(target=torch.arange(len(packs)), return_outputs=False)
-        parameters = dict(self.model.named_parameters())
-        for name, other in self.shared:
-            gradient: Any = parameters[name].grad
-            here = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            there = torch.empty_like(here)
-            ops = [dist.P2POp(dist.isend, here, other, self.group), dist.P2POp(dist.irecv, there, other, self.group)]
-            for work in dist.batch_isend_irecv(ops):
-                work.wait()
-            here += there
+        numbers = torch.arange(len(packs))
+        self.schedule.step(number=numbers, target=numbers, return_outputs=False)
+        for copies, ranks in self.copied:
+            for parameters in zip(*(module.parameters() for module in copies), strict=True):
+                self._add_gradients(parameters, ranks)
         losses_P = torch.zeros(len(packs), dtype=torch.float64, device=scale.device)
         for stage in self.stages.values():
             if stage.losses:
                 losses_P += torch.cat(stage.losses)
-        dist.broadcast(losses_P, self.ranks[-1], self.group)
+        dist.broadcast(losses_P, self.rank_of[-1], self.group)
         return losses_P
 
     @torch.no_grad()
     def forward(self, batch: PackedBatch) -> Output:
         """Logits at the batch's targets, on every rank; hidden states stay where they are."""
         assert batch.targets is not None
-        pp, device = self.config.pp, batch.ids.device
+        self._equal_copies()
+        device, left = batch.ids.device, None
         config: Any = self.model.config
         shape = (len(batch.targets), config.vocab_size)
         result: Any = torch.empty(shape, dtype=self.dtype, device=device)
         for i, stage in self.stages.items():
-            streams = [torch.empty_like(x, device=device) for x in self._enter(i, batch)]
-            for x in streams:
-                dist.recv(x, self.ranks[(i - 1) % pp], self.group)
+            streams: Any = left
+            if i - 1 not in self.stages:
+                streams = [torch.empty_like(x, device=device) for x in self._enter(i, batch)]
+                for x in streams:
+                    dist.recv(x, self.rank_of[i - 1], self.group)
             stage.prepare([batch])
-            left = stage(*streams)
+            left = stage(*streams, number=torch.zeros(1))
             if i == self.num_stages - 1:
                 result = left.contiguous()  # type: ignore[union-attr]
-            for x in left if i < self.num_stages - 1 else ():
-                dist.send(x, self.ranks[(i + 1) % pp], self.group)
-        dist.broadcast(result, self.ranks[-1], self.group)
+            elif i + 1 not in self.stages:
+                for x in left:
+                    dist.send(x, self.rank_of[i + 1], self.group)
+        dist.broadcast(result, self.rank_of[-1], self.group)
         return Output(result.new_empty(0), result, {})
+
+    def _equal_copies(self) -> None:
+        """What this rank has several times has the values of the first, which is the one that is trained."""
+        for (first, *others), _ in self.copied:
+            for other in others:
+                for p, q in zip(first.parameters(), other.parameters(), strict=True):
+                    local(q.data).copy_(local(p.data))
+
+    def _add_gradients(self, parameters: Sequence[Tensor], ranks: list[int]) -> None:
+        """Of one parameter's copies: the first one here gets the sum of all gradients, added up alike on all `ranks`.
+
+        These send them to each other: a group that only they make would put the names of their later ones out of step
+        with what the ranks between them count.
+        """
+        first, *others = parameters
+        here = torch.stack([local(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]).sum(0)
+        there = {rank: torch.empty_like(here) for rank in ranks if rank != dist.get_rank()}
+        ops = [dist.P2POp(dist.isend, here, rank, self.group) for rank in there]
+        ops += [dist.P2POp(dist.irecv, part, rank, self.group) for rank, part in there.items()]
+        for work in dist.batch_isend_irecv(ops) if ops else ():
+            work.wait()
+        for p in others:
+            p.grad = None
+        first.grad = torch.zeros_like(first) if first.grad is None else first.grad
+        local(first.grad).copy_(torch.stack([there.get(rank, here) for rank in ranks]).sum(0))
 
     def total_norm(self, norm: Tensor) -> Tensor:
         """From the norm of what this rank's stages answer for, that of all stages."""
@@ -205,9 +261,8 @@ class Pipeline:
             for i, stage in self.stages.items()
         ]
         settings: Any = dict(loss_fn=lambda loss, _: loss * self.scale, scale_grads=False)
-        if self.config.pp_schedule == "1f1b":
-            return Schedule1F1B(stages[0], len(packs), **settings)
-        return ScheduleInterleaved1F1B([*stages], len(packs), **settings)
+        schedule = SCHEDULES[self.config.pp_schedule]
+        return schedule(stages[0] if schedule is Schedule1F1B else stages, len(packs), **settings)
 
     def _enter(self, i: int, batch: PackedBatch) -> tuple[Tensor, ...]:
         """The tensors, on the meta device, that stage `i` takes; nothing for the first. After the last: the loss.

@@ -66,7 +66,7 @@ STYLES = {
         PrepareModuleOutput(output_layouts=Shard(0), desired_output_layouts=Replicate()),
     ],
     "column": lambda: [ColwiseParallel(input_layouts=Shard(0))],
-    "column of memory": lambda: [ColwiseParallel(input_layouts=Replicate())],
+    "column of whole": lambda: [ColwiseParallel(input_layouts=Replicate())],
     "row": lambda: [RowwiseParallel(output_layouts=Shard(0))],
 }
 
@@ -82,6 +82,11 @@ def tensor_parallel(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh)
             if name.count(".") == glob.count(".") and fnmatchcase(name, glob):
                 for applied in STYLES[style]():
                     parallelize_module(model.get_submodule(name), mesh, applied)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded: a view."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def own_part(whole: Tensor, like: Tensor) -> Tensor:

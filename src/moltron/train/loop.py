@@ -66,10 +66,10 @@ def train(config: TrainConfig) -> TrainResult:
     device, failed = collectives.init(config.train.device), True
     setup_logging(collectives.rank())
     try:
-        pretrained = check_config(config)
+        source = check_config(config)
         lock = locked(Path(config.run_dir) / ".lock", collectives.rank(), collectives.broadcast_object)
         with StopSignal() as stop, lock:
-            trainer = Trainer(build_run(config, device, pretrained), stop)
+            trainer = Trainer(build_run(config, device, source), stop)
             try:
                 result = trainer.run()
             finally:

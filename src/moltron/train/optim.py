@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from moltron.config.schema import OptimConfig
 from moltron.models.spec import ParallelPlan
-from moltron.parallel.apply import gather_stack, local, units
-from moltron.parallel.tensor import own_part
+from moltron.parallel.apply import gather_stack, units
+from moltron.parallel.tensor import local, own_part
 
 NAMES = ("adamw", "muon")
 STACK = 2**26  # elements orthogonalised at once: bounds Muon's extra memory to a few times 128 MB

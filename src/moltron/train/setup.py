@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import moltron
 from moltron.checkpoint.manager import CheckpointManager, list_checkpoints
-from moltron.checkpoint.weights import Pretrained, load_pretrained
+from moltron.checkpoint.weights import Source, fill, find_source
 from moltron.common.logging import get_logger
 from moltron.common.manifest import read_json, write_json
 from moltron.config.compose import ConfigError, dump_config, load_yaml
@@ -35,9 +35,9 @@ from moltron.models.registry import architecture_problems, build_model, get_spec
 from moltron.models.spec import ModelSpec, num_parameters
 from moltron.objectives import OBJECTIVES, Objective
 from moltron.parallel import collectives
-from moltron.parallel.apply import assign_full, load_full_state, parallelize, reshard
+from moltron.parallel.apply import assign_full, parallelize, reshard
 from moltron.parallel.mesh import mesh_shape
-from moltron.parallel.pipeline import SCHEDULES, num_stages, pipeline_of
+from moltron.parallel.pipeline import SCHEDULES, num_stages, pipeline_of, splits_backward
 from moltron.parallel.precision import DTYPES, REDUCED, resolve_precision
 from moltron.parallel.recompute import MODES as RECOMPUTE
 from moltron.tokenizers import Tokenizer, get_tokenizer
@@ -179,7 +179,7 @@ def _pack_problems(config: TrainConfig, world: int) -> list[str]:
     if packs > 0 and packs % world:
         near = max(world, round(packs / world) * world)
         return [f"batch.packs={packs} cannot be shared equally by {world} processes: set batch.packs={near}"]
-    each, is_loop = packs // world, config.parallel.pp_schedule == "interleaved"
+    each, is_loop = packs // world, config.parallel.pp_schedule in ("interleaved", "zero_bubble")
     if pp > 1 and packs > 0 and (each < pp or (is_loop and each % pp)):
         wanted = f"{'a multiple of' if is_loop else 'at least'} parallel.pp={pp}"
         fix = -(-each // pp) * pp * world
@@ -242,11 +242,24 @@ def _cut_problems(config: TrainConfig, model_config: Any, objective: type[Object
     if (stages := num_stages(config.parallel)) > blocks:
         problems.append(f"parallel.pp={pp} makes {stages} pipeline stages, the model has {blocks} blocks: lower it")
     asked = "parallel." + " × ".join(f"{axis}={n}" for axis, n in (("pp", pp), ("tp", tp), ("cp", cp)) if n > 1)
-    if not getattr(model_config, "can_be_cut", True):
-        problems.append(f"{asked}: relative position biases cannot be cut yet; use parallel.dp_shard")
     if objective.reconstructs and config.train.eval_molecules:
         problems.append(f"{asked}: decoding is not cut: set train.eval_molecules=0")
-    return problems
+    return problems + _split_problems(config, model_config)
+
+
+def _split_problems(config: TrainConfig, model_config: Any) -> list[str]:
+    """With what torch cannot split a backward, or loses gradients in it (docs/parallelism.md)."""
+    p = config.parallel
+    unfit = {
+        "train.compile=true": config.train.compile,
+        "parallel.reshard_after_forward=true": p.reshard_after_forward,
+        f"parallel.recompute={p.recompute}": p.recompute != "none",
+        "relative positions": getattr(model_config, "blocks_share_weights", False),
+    }
+    found = [what for what, is_so in unfit.items() if is_so]
+    if not splits_backward(p) or not found:
+        return []
+    return [f"parallel.pp_schedule={p.pp_schedule} is not for {', '.join(found)}: use 1f1b or interleaved"]
 
 
 def _fp8_problems(config: TrainConfig, model_config: Any, objective: type[Objective]) -> list[str]:
@@ -293,22 +306,22 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_config(config: TrainConfig) -> Pretrained | None:
+def check_config(config: TrainConfig) -> Source | None:
     """Find the model of a run to resume, or of `init`, which is returned. Raises ConfigError with all problems."""
-    folder, pretrained = Path(config.run_dir), None
+    folder, source = Path(config.run_dir), None
     if not config.model and (folder / "config.yaml").is_file():
         config.model = load_yaml(TrainConfig, folder / "config.yaml").model
     if not config.model and config.init is not None:
-        pretrained = load_pretrained(config.init)
-        config.model = {"family": pretrained.spec.name, **dataclasses.asdict(pretrained.config)}
+        source = find_source(config.init)
+        config.model = {"family": source.spec.name, **dataclasses.asdict(source.config)}
     problems = validate(config, collectives.world_size())
     if problems:
         raise ConfigError(problems)
-    return pretrained
+    return source
 
 
-def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained | None) -> Run:
-    """Build and fill everything. pretrained: see `check_config`. Raises ValueError where files do not fit."""
+def build_run(config: TrainConfig, device: torch.device, source: Source | None) -> Run:
+    """Build and fill everything. source: see `check_config`. Raises ValueError where files do not fit."""
     folder = Path(config.run_dir)
     collectives.share_packs(config.parallel.cp * config.parallel.tp, config.parallel.pp)
     _warn(config)
@@ -322,6 +335,7 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
     model_config = make_config(family, architecture)
     # elsewhere attention goes by lengths, new in each pack
     can_compile = device.type == "cuda" and precision != "fp32" and getattr(model_config, "trains_compiled", True)
+    can_compile &= not splits_backward(config.parallel)
     if config.train.compile and not can_compile:
         needs = "CUDA, train.precision=bf16, fp16 or fp8, and a model without relative biases"
         raise ConfigError([f"train.compile=true needs {needs}: leave it out"])
@@ -361,7 +375,7 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
         compiled=compiled,
         parameters=parameters,
     )
-    run.meta = _fill(run, pretrained)
+    run.meta = _fill(run, source)
     if collectives.rank() == 0:
         _certify(run)
     collectives.barrier()
@@ -427,7 +441,7 @@ def _check_same_run(config: TrainConfig, folder: Path, stores: dict[str, Store])
         )
 
 
-def _fill(run: Run, pretrained: Pretrained | None) -> dict[str, Any] | None:
+def _fill(run: Run, source: Source | None) -> dict[str, Any] | None:
     """Give the model its numbers: a checkpoint's, `init`'s, or the seed's. Returns the meta of the first."""
     latest = run.manager.find_latest()
     if latest is not None:
@@ -443,14 +457,14 @@ def _fill(run: Run, pretrained: Pretrained | None) -> dict[str, Any] | None:
     if run.config.init is None:
         run.model.init_weights(run.config.train.seed, assign=assign_full)  # type: ignore[operator]
         return None
-    pretrained = pretrained or load_pretrained(run.config.init)
-    ours, theirs = dataclasses.asdict(run.architecture), dataclasses.asdict(pretrained.config)
-    if pretrained.spec.name != run.spec.name or ours != theirs:
+    source = source or find_source(run.config.init)
+    ours, theirs = dataclasses.asdict(run.architecture), dataclasses.asdict(source.config)
+    if source.spec.name != run.spec.name or ours != theirs:
         found = [f"model.{k}: {theirs.get(k)} → {v}" for k, v in ours.items() if theirs.get(k) != v]
-        names = f"{pretrained.spec.name} is not {run.spec.name}; " if pretrained.spec.name != run.spec.name else ""
+        names = f"{source.spec.name} is not {run.spec.name}; " if source.spec.name != run.spec.name else ""
         raise ValueError(f"init={run.config.init} is another model: {names}{', '.join(found)}: change model or init")
-    here = {name for name, _ in run.model.named_parameters()}
-    load_full_state(run.model, [(n, p) for n, p in pretrained.model.state_dict().items() if n in here])
+    if why := fill(source, dict(run.model.named_parameters()), assign_full, run.manager.restore):
+        raise ValueError(f"init={run.config.init}: {why}")
     log.info("Starting from the weights of %s", run.config.init)
     return None
 

@@ -28,11 +28,13 @@ from moltron.train.step import TrainStep
 SIZES = dict(hidden_size=32, num_layers=4, num_heads=4, ffn_size=64)
 TWO = SIZES | dict(num_layers=2, num_decoder_layers=2, max_positions=64)
 ESM1B = SIZES | dict(vocab_size=33, token_dropout=True, embed_norm=True, contact_head=True, mask_id=32)
+XL = TWO | dict(num_layers=4, architecture="t5", head_dim=16, relative_buckets=8, relative_reach=20, tokenizer="prott5")
 MODELS = {  # family, architecture, tokenizer, objective
     "esm2": ("esm2", SIZES, "esm2", "masked_lm"),
     "esm1b": ("esm1", ESM1B | dict(tokenizer="esm2"), "esm2", "masked_lm"),
     "megamolbart": ("megamolbart", TWO, "megamolbart", "denoising"),
     "prott5nv": ("prott5", TWO, "prott5nv", "span_corruption"),
+    "t5": ("prott5", XL, "prott5", "span_corruption"),
 }
 INTERLEAVED = dict(pp=2, pp_schedule="interleaved")
 LAYOUTS = {
@@ -53,7 +55,10 @@ LAYOUTS = {
     "pp 2, cp 2": dict(pp=2, cp=2),
     "pp 2, dp_shard 2, interleaved": INTERLEAVED,
     "pp 2, tp 2, interleaved, recomputed": INTERLEAVED | dict(tp=2, recompute="full", reshard_after_forward=True),
+    "pp 2, dp_shard 2, zbv": dict(pp=2, pp_schedule="zbv"),
+    "pp 2, tp 2, zero bubble": dict(pp=2, tp=2, pp_schedule="zero_bubble"),
 }
+DROPS = dict(pp=2, pp_schedule="zero_bubble", reshard_after_forward=True)
 EIGHT = {
     "pp 2, dp_shard 2, tp 2": dict(pp=2, tp=2),
     "pp 2, dp_shard 2, cp 2": dict(pp=2, cp=2),
@@ -62,13 +67,18 @@ EIGHT = {
     "pp 2, dp_replicate 2, tp 2, interleaved": INTERLEAVED | dict(dp_replicate=2, tp=2),
     "dp_replicate 2, cp 2, tp 2": dict(dp_replicate=2, cp=2, tp=2),
     "dp_shard 2, cp 2, tp 2": dict(cp=2, tp=2),
+    "pp 2, cp 2, tp 2, zbv": dict(pp=2, cp=2, tp=2, pp_schedule="zbv"),
+    "pp 4, dp_replicate 2, zero bubble": dict(pp=4, dp_replicate=2, dp_shard=1, pp_schedule="zero_bubble", pp_stages=1),
 }
-EVERYDAY, SLOW = ["esm2", "megamolbart"], ["esm1b", "prott5nv"]
+SPLIT = ("zbv", "zero_bubble")  # not for T5, whose blocks share weights: test_pipeline.py
+EVERYDAY, SLOW = ["esm2", "megamolbart"], ["esm1b", "prott5nv", "t5"]
+FEW = ["cp 2, tp 2", "pp 2, tp 2, interleaved, recomputed"]  # of T5, with its relative positions, every day
 MUON = ["dp_shard 4", "dp_replicate 2, tp 2", "cp 2, tp 2", "pp 2, dp_shard 2"]
 NEXT = [2] * 5 + [1] * 5  # of a layout's checkpoint: so many of the layouts after it read it
 PAIRS = [(saved, layout) for i, (saved, n) in enumerate(zip(LAYOUTS, NEXT)) for layout in [*LAYOUTS][i + 1 : i + 1 + n]]
 PAIRS += [("pp 4", "dp_shard 4"), ("pp 2, dp_shard 2", "pp 2, tp 2, interleaved, recomputed")]
 PAIRS += [("dp_shard 4", "pp 2, dp_shard 2, interleaved"), ("pp 2, tp 2", "cp 2, tp 2")]
+PAIRS += [("dp_shard 4", "pp 2, dp_shard 2, zbv"), ("pp 2, dp_shard 2, zbv", "tp 4")]
 STEPS, PACKS, TOKENS = 3, 4, 64
 
 
@@ -142,6 +152,11 @@ def furthest(found, expected):
     return collectives.all_reduce_max(torch.tensor(worst)).item()
 
 
+def cases(names, layouts):
+    every = [(name, layout) for name in names for layout in layouts]
+    return [(name, layout) for name, layout in every if name != "t5" or layouts[layout].get("pp_schedule") not in SPLIT]
+
+
 def optimizers(name):
     return ("adamw", "muon") if name == "esm2" else ("adamw",)
 
@@ -154,11 +169,15 @@ def on_rank(folder, names):
     for name in names:
         for optimizer in optimizers(name) if layouts is LAYOUTS else ("adamw",):
             expected = torch.load(folder / f"{name} {optimizer}.pt", weights_only=True)
-            for layout in layouts if optimizer == "adamw" else MUON:
+            few = FEW if name == "t5" and "esm2" in names and layouts is LAYOUTS else layouts
+            for _, layout in cases([name], {n: layouts[n] for n in (few if optimizer == "adamw" else MUON)}):
                 saves = folder / f"{name} {layout}" if (name, optimizer) == ("esm2", "adamw") else None
                 numbers, weights = trained(name, layouts[layout], optimizer, saves)
                 wrong = [abs(a - b) / abs(b) for a, b in zip(numbers, expected["numbers"], strict=True)]
                 results[f"{name}, {optimizer}, {layout}"] = max(wrong), furthest(weights, expected["weights"])
+    if "esm2" in names and layouts is LAYOUTS:
+        numbers, _ = trained("esm2", DROPS, "adamw")
+        results["drops"] = numbers[1] / torch.load(folder / "esm2 adamw.pt", weights_only=True)["numbers"][1], 0.0
     wholes = {}
     for saved, layout in PAIRS if "esm2" in names and layouts is LAYOUTS else ():  # save here, load there
         folder_of = folder / f"esm2 {saved}"
@@ -201,7 +220,7 @@ def spawned(names, processes=4):
 
 @pytest.fixture(scope="module")
 def results():
-    return spawned(EVERYDAY)
+    return spawned([*EVERYDAY, "t5"])
 
 
 @pytest.fixture(scope="module")
@@ -216,21 +235,29 @@ def test_a_layout_is_one_process(results, name, layout):
     assert numbers < 1e-9 and weights < 1e-9
 
 
+@pytest.mark.parametrize("layout", FEW)
+def test_relative_positions_are_cut_as_well(results, layout):
+    test_a_layout_is_one_process(results, "t5", layout)
+
+
+def test_torch_drops_gradients_of_a_split_backward_where_weights_are_gathered_again(results):
+    """If this fails, torch is mended: allow parallel.reshard_after_forward in train/setup.py:_split_problems."""
+    assert results["drops"][0] < 0.9  # of the first step's gradient norm
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize(("name", "layout"), cases(SLOW, LAYOUTS))
 def test_a_layout_is_one_process_for_the_other_families(slow_results, name, layout):
     test_a_layout_is_one_process(slow_results, name, layout)
 
 
 @pytest.fixture(scope="module")
 def results_of_eight():
-    return spawned(EVERYDAY, 8)
+    return spawned([*EVERYDAY, "t5"], 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", EIGHT)
-@pytest.mark.parametrize("name", EVERYDAY)
+@pytest.mark.parametrize(("name", "layout"), cases([*EVERYDAY, "t5"], EIGHT))
 def test_three_axes_on_eight_ranks_are_one_process(results_of_eight, name, layout):
     test_a_layout_is_one_process(results_of_eight, name, layout)
 

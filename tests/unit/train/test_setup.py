@@ -65,19 +65,13 @@ def test_model_problems(config):
     assert validate(config, 1) == []
 
 
-@pytest.mark.parametrize(
-    ("family", "more", "objective", "said"),
-    [
-        ("prott5", {"architecture": "t5"}, "span_corruption", "parallel.pp=2: relative position biases"),
-        ("megamolbart", {}, "denoising", "parallel.pp=2: decoding is not cut: set train.eval_molecules=0"),
-    ],
-)
-def test_what_no_pipeline_can_have(config, family, more, objective, said):
-    config.model = {**MODEL, "family": family, "num_layers": 2, "num_decoder_layers": 2, **more}
-    config.objective.name, config.data.max_length, config.parallel.pp = objective, 64, 2
-    (problem,) = validate(config, world=2)
-    assert problem.startswith(said)
-    config.parallel.pp = 1
+@pytest.mark.parametrize("axis", ["pp", "tp", "cp"])
+def test_what_is_cut_does_not_decode(config, axis):
+    config.model = {**MODEL, "family": "megamolbart", "num_layers": 2, "num_decoder_layers": 2}
+    config.objective.name, config.data.max_length = "denoising", 64
+    setattr(config.parallel, axis, 2)
+    assert validate(config, world=2) == [f"parallel.{axis}=2: decoding is not cut: set train.eval_molecules=0"]
+    setattr(config.parallel, axis, 1)
     assert validate(config, world=2) == []
 
 
@@ -92,6 +86,21 @@ def test_what_fp8_asks_for_is_said_at_once(config):
     assert validate(config, world=2) == [
         "parallel.tp=2: train.precision=fp8 does not cut matrices; use dp_shard, cp or pp"
     ]
+
+
+@pytest.mark.parametrize("schedule", ["zero_bubble", "zbv"])
+def test_what_no_split_backward_can_have(config, schedule):
+    config.parallel.pp, config.parallel.pp_schedule, config.parallel.pp_stages = 2, schedule, 1
+    config.model = {**MODEL, "num_layers": 4}
+    assert validate(config, world=2) == []
+    config.train.compile, config.parallel.reshard_after_forward, config.parallel.recompute = True, True, "full"
+    unfit = "train.compile=true, parallel.reshard_after_forward=true, parallel.recompute=full"
+    said = f"parallel.pp_schedule={schedule} is not for"
+    assert validate(config, world=2) == [f"{said} {unfit}: use 1f1b or interleaved"]
+    config.train.compile, config.parallel.reshard_after_forward, config.parallel.recompute = False, False, "none"
+    config.model = {**config.model, "family": "prott5", "architecture": "t5", "num_decoder_layers": 4}
+    config.objective.name = "span_corruption"
+    assert validate(config, world=2) == [f"{said} relative positions: use 1f1b or interleaved"]
 
 
 def test_noam_needs_a_warm_up(config):

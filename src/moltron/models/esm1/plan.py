@@ -11,5 +11,5 @@ TENSOR = {
     "norm": "norm, gather tokens",
     "head": "replicate",
 }
-STAGES = ("embed", "embed_positions", "embed_norm", "layers.*", "norm", "head", "contact_head", "embed")
-PLAN = ParallelPlan(units=("layers.*",), tensor=TENSOR, stages=STAGES)
+STAGES = ("embed", "embed_positions", "embed_norm", "layers.*", "norm", "head", "contact_head")
+PLAN = ParallelPlan(units=("layers.*",), tensor=TENSOR, stages=STAGES, copied={"embed": "head"})

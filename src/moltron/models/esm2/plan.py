@@ -9,5 +9,5 @@ TENSOR = {
     "norm": "norm, gather tokens",
     "head": "replicate",
 }
-STAGES = ("embed", "layers.*", "norm", "head", "contact_head", "embed")
-PLAN = ParallelPlan(units=("layers.*",), tensor=TENSOR, stages=STAGES)
+STAGES = ("embed", "layers.*", "norm", "head", "contact_head")
+PLAN = ParallelPlan(units=("layers.*",), tensor=TENSOR, stages=STAGES, copied={"embed": "head"})

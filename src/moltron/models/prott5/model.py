@@ -38,9 +38,9 @@ class ProtT5Config:
         return self.architecture == "nv"
 
     @property
-    def can_be_cut(self) -> bool:
-        """By tensor parallelism."""
-        return self.architecture == "nv"
+    def blocks_share_weights(self) -> bool:
+        """The table of relative positions."""
+        return self.architecture == "t5"
 
     @property
     def trains_compiled(self) -> bool:
