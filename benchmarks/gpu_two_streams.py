@@ -376,10 +376,11 @@ def main() -> None:
             store = Store.open(Path(folder) / ("molecules.arrow" if is_molecule else "proteins.arrow"))
             steps: list[Step] = []
             some = molecules if is_molecule else proteins
+            count = 30_000 if name.endswith("xsmall") else 8_000
             make: Any = {
                 "train": functools.partial(train, name, store, device, steps),
                 "embed": functools.partial(embed, name, some, device),
-                "generate": functools.partial(generate, name, molecules[:30_000], device, arguments.molecule_tokens),
+                "generate": functools.partial(generate, name, molecules[:count], device, arguments.molecule_tokens),
             }[work]
             title = f"{row}: moltron, {TOKENS[name]:,} packed" if work != "generate" else f"{row}: moltron"
             flops = None if work == "generate" else flops_a_token(name, store, work)

@@ -1,5 +1,7 @@
 """Parameter counts of ../shared/spec/models.md §1, ours and v1's; what a model section may say."""
 
+from importlib.resources import files
+
 import pytest
 
 from moltron.config.compose import load_config
@@ -61,3 +63,11 @@ def test_what_follows_from_the_architecture():
     nv, t5 = make_config("prott5", SIZES), make_config("prott5", {**SIZES, "architecture": "t5"})
     assert (nv.positions_end, nv.trains_compiled) == (True, True)
     assert (t5.positions_end, t5.trains_compiled) == (False, False)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (files("moltron") / "configs/model").iterdir()))
+def test_every_size_is_born_without_memory(name):
+    section = load_config(TrainConfig, ["data.path=store", "run_dir=run", f"model={name}"]).model
+    model = build_model(section.pop("family"), section)
+    assert all(tensor.is_meta for tensor in model.state_dict(keep_vars=True).values())
+    assert all(buffer.is_meta for buffer in model.buffers())
