@@ -173,8 +173,10 @@ def validate(config: TrainConfig, world: int) -> list[str]:
 def _pack_problems(config: TrainConfig, world: int) -> list[str]:
     """world: ranks, or groups of ranks, that have packs of their own."""
     packs, pp = config.batch.packs, config.parallel.pp
-    if packs > 0 and packs % world:
-        near = max(world, round(packs / world) * world)
+    if 0 < packs < world:
+        return [f"batch.packs={packs} leaves {world - packs} of {world} processes without work: set batch.packs={world}"]
+    if packs > 0 and pp > 1 and packs % world:
+        near = round(packs / world) * world
         return [f"batch.packs={packs} cannot be shared equally by {world} processes: set batch.packs={near}"]
     each, is_loop = packs // world, config.parallel.pp_schedule == "interleaved"
     if pp > 1 and packs > 0 and (each < pp or (is_loop and each % pp)):
@@ -349,6 +351,10 @@ def _warn(config: TrainConfig) -> None:
             s.warmup_steps,
             steps,
         )
+    packs, world = config.batch.packs, collectives.data_world_size()
+    if packs % world:
+        whole = -(-packs // world) * world
+        log.warning("batch.packs=%d on %d processes: a step takes as long as one of %d packs", packs, world, whole)
 
 
 def _open_stores(config: TrainConfig) -> dict[str, Store]:
