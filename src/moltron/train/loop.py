@@ -13,6 +13,7 @@ import dataclasses
 import math
 import resource
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from moltron.checkpoint.manager import CheckpointError
 from moltron.common.lock import locked
 from moltron.common.logging import Progress, get_logger, setup_logging
 from moltron.common.manifest import write_json
+from moltron.common.watchdog import Watchdog, doing
 from moltron.config.schema import TrainConfig
 from moltron.data.loader import BatchLoader
 from moltron.data.plan import BatchPlan
@@ -63,12 +65,15 @@ def train(config: TrainConfig) -> TrainResult:
     Raises ConfigError with all problems of the configuration, NonFiniteError (train.nonfinite=stop), ValueError where
     data, checkpoints or memory do not fit, or where another process trains in the run folder.
     """
-    device = collectives.init(config.train.device)
+    minutes = config.train.hang_minutes
+    device = collectives.init(config.train.device, max(30, 2 * minutes))
     setup_logging(collectives.rank())
     try:
         pretrained = check_config(config)
         lock = locked(Path(config.run_dir) / ".lock", collectives.rank(), collectives.broadcast_object)
-        with StopSignal() as stop, lock:
+        ranks = Path(config.run_dir) / ".ranks", collectives.rank(), collectives.world_size()
+        watchdog = Watchdog(*ranks, minutes) if collectives.is_launched() else nullcontext()
+        with StopSignal() as stop, lock, watchdog:
             trainer = Trainer(build_run(config, device, pretrained), stop)
             try:
                 return trainer.run()
@@ -172,6 +177,7 @@ class Trainer:
         self._announce()
         with Progress("train", last, self.step_done, enabled=self.sinks is not None) as progress:
             reason = self._steps(last, progress)
+        doing("writing the last checkpoint")
         with self.meter.part("checkpoint"):
             self.run_.manager.wait()
         if self.sinks is not None:
@@ -185,9 +191,11 @@ class Trainer:
         steps = iter(self.loader)
         self.meter.reset(time.perf_counter())
         while self.step_done < last and reason == "finished":
+            step = self.step_done + 1
+            doing("loading data", step)
             with self.meter.part("data"):
                 data = next(steps)
-            step = self.step_done + 1
+            doing("computing")
             waiting.append(self.train_step(step, data.batches, data.count, self.run_.rate(step), self.stop.received))
             self.step_done, self.position = step, data.position
             due, stop = self._due(step, last), False
@@ -213,6 +221,7 @@ class Trainer:
 
     def _finish(self, pending: Pending, progress: Progress, defer_line: bool = False) -> bool:
         """Read a step's numbers: check, count, write its line. Returns whether a rank was asked to stop."""
+        doing("waiting for the device")
         reading = self.reading = pending.read()
         if reading.skipped:
             self.skipped += 1
@@ -259,6 +268,7 @@ class Trainer:
         return reason
 
     def _save(self, val_loss: float | None) -> None:
+        doing("saving a checkpoint")
         with self.meter.part("checkpoint"):
             tensors = self.run_.tensors(copies=False)
             weights = {name: p.detach() for p, name in self.run_.optimizer.names.items()}

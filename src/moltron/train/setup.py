@@ -27,6 +27,7 @@ from moltron.checkpoint.manager import CheckpointManager, list_checkpoints
 from moltron.checkpoint.weights import Pretrained, load_pretrained
 from moltron.common.logging import get_logger
 from moltron.common.manifest import read_json, write_json
+from moltron.common.watchdog import doing
 from moltron.config.compose import ConfigError, dump_config, load_yaml
 from moltron.config.schema import TrainConfig
 from moltron.data.store import Store
@@ -59,6 +60,7 @@ FREE = (
     "train.eval_molecules",
     "train.early_stop",
     "train.nonfinite",
+    "train.hang_minutes",
     "checkpoint.",
     "parallel.",
     "logging.",
@@ -114,6 +116,7 @@ def validate(config: TrainConfig, world: int) -> list[str]:
         "train.eval_every": t.eval_every,
         "train.eval_packs": t.eval_packs,
         "train.early_stop": t.early_stop,
+        "train.hang_minutes": t.hang_minutes,
         "checkpoint.every": c.every,
         "checkpoint.keep_last": c.keep_last,
         "parallel.recompute_every": config.parallel.recompute_every,
@@ -174,7 +177,7 @@ def _pack_problems(config: TrainConfig, world: int) -> list[str]:
     """world: ranks, or groups of ranks, that have packs of their own."""
     packs, pp = config.batch.packs, config.parallel.pp
     if 0 < packs < world:
-        return [f"batch.packs={packs} leaves {world - packs} of {world} processes without work: set batch.packs={world}"]
+        return [f"batch.packs={packs} leaves {world - packs} of {world} processes idle: set batch.packs={world}"]
     if packs > 0 and pp > 1 and packs % world:
         near = round(packs / world) * world
         return [f"batch.packs={packs} cannot be shared equally by {world} processes: set batch.packs={near}"]
@@ -292,6 +295,7 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
     folder = Path(config.run_dir)
     collectives.share_packs(config.parallel.cp * config.parallel.tp, config.parallel.pp)
     _warn(config)
+    doing("opening the data")
     stores = _open_stores(config)
     _check_same_run(config, folder, stores)
 
@@ -305,6 +309,7 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
         needs = "CUDA, train.precision=bf16 or fp16, and a model without relative biases"
         raise ConfigError([f"train.compile=true needs {needs}: leave it out"])
     compiled = can_compile if config.train.compile is None else config.train.compile
+    doing("building the model")
     whole = build_model(family, architecture)
     parameters = num_parameters(whole)
     model = parallelize(
@@ -335,6 +340,7 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
         compiled=compiled,
         parameters=parameters,
     )
+    doing("filling the model")
     run.meta = _fill(run, pretrained)
     if collectives.rank() == 0:
         _certify(run)
