@@ -24,7 +24,7 @@ from moltron.checkpoint.manager import CheckpointError
 from moltron.common.lock import locked
 from moltron.common.logging import Progress, get_logger, setup_logging
 from moltron.common.manifest import write_json
-from moltron.common.watchdog import Watchdog, doing
+from moltron.common.watchdog import doing, watched
 from moltron.config.schema import TrainConfig
 from moltron.data.loader import BatchLoader
 from moltron.data.plan import BatchPlan
@@ -65,15 +65,12 @@ def train(config: TrainConfig) -> TrainResult:
     Raises ConfigError with all problems of the configuration, NonFiniteError (train.nonfinite=stop), ValueError where
     data, checkpoints or memory do not fit, or where another process trains in the run folder.
     """
-    minutes = config.train.hang_minutes
-    device = collectives.init(config.train.device, max(30, 2 * minutes))
+    device = collectives.init(config.train.device)
     setup_logging(collectives.rank())
     try:
         pretrained = check_config(config)
         lock = locked(Path(config.run_dir) / ".lock", collectives.rank(), collectives.broadcast_object)
-        ranks = Path(config.run_dir) / ".ranks", collectives.rank(), collectives.world_size()
-        watchdog = Watchdog(*ranks, minutes) if collectives.is_launched() else nullcontext()
-        with StopSignal() as stop, lock, watchdog:
+        with StopSignal() as stop, lock:
             trainer = Trainer(build_run(config, device, pretrained), stop)
             try:
                 return trainer.run()
@@ -175,9 +172,13 @@ class Trainer:
             log.info("Step %d of train.max_steps=%d is done: nothing left to do", self.step_done, last)
             return self._result("finished")
         self._announce()
-        with Progress("train", last, self.step_done, enabled=self.sinks is not None) as progress:
+        ranks = self.run_.folder / ".ranks", collectives.rank(), collectives.world_size()
+        minutes, progress = (
+            self.config.train.hang_minutes,
+            Progress("train", last, self.step_done, self.sinks is not None),
+        )
+        with watched(*ranks, minutes) if collectives.is_launched() else nullcontext(), progress:
             reason = self._steps(last, progress)
-        doing("writing the last checkpoint")
         with self.meter.part("checkpoint"):
             self.run_.manager.wait()
         if self.sinks is not None:
@@ -192,10 +193,10 @@ class Trainer:
         self.meter.reset(time.perf_counter())
         while self.step_done < last and reason == "finished":
             step = self.step_done + 1
-            doing("loading data", step)
+            doing(f"step {step}: loading data")
             with self.meter.part("data"):
                 data = next(steps)
-            doing("computing")
+            doing(f"step {step}: computing")
             waiting.append(self.train_step(step, data.batches, data.count, self.run_.rate(step), self.stop.received))
             self.step_done, self.position = step, data.position
             due, stop = self._due(step, last), False
@@ -221,7 +222,7 @@ class Trainer:
 
     def _finish(self, pending: Pending, progress: Progress, defer_line: bool = False) -> bool:
         """Read a step's numbers: check, count, write its line. Returns whether a rank was asked to stop."""
-        doing("waiting for the device")
+        doing(f"step {pending.step}: waiting for the device")
         reading = self.reading = pending.read()
         if reading.skipped:
             self.skipped += 1
@@ -268,7 +269,7 @@ class Trainer:
         return reason
 
     def _save(self, val_loss: float | None) -> None:
-        doing("saving a checkpoint")
+        doing(f"step {self.step_done}: saving a checkpoint")
         with self.meter.part("checkpoint"):
             tensors = self.run_.tensors(copies=False)
             weights = {name: p.detach() for p, name in self.run_.optimizer.names.items()}

@@ -27,7 +27,6 @@ from moltron.checkpoint.manager import CheckpointManager, list_checkpoints
 from moltron.checkpoint.weights import Pretrained, load_pretrained
 from moltron.common.logging import get_logger
 from moltron.common.manifest import read_json, write_json
-from moltron.common.watchdog import doing
 from moltron.config.compose import ConfigError, dump_config, load_yaml
 from moltron.config.schema import TrainConfig
 from moltron.data.store import Store
@@ -295,7 +294,6 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
     folder = Path(config.run_dir)
     collectives.share_packs(config.parallel.cp * config.parallel.tp, config.parallel.pp)
     _warn(config)
-    doing("opening the data")
     stores = _open_stores(config)
     _check_same_run(config, folder, stores)
 
@@ -309,7 +307,6 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
         needs = "CUDA, train.precision=bf16 or fp16, and a model without relative biases"
         raise ConfigError([f"train.compile=true needs {needs}: leave it out"])
     compiled = can_compile if config.train.compile is None else config.train.compile
-    doing("building the model")
     whole = build_model(family, architecture)
     parameters = num_parameters(whole)
     model = parallelize(
@@ -340,7 +337,6 @@ def build_run(config: TrainConfig, device: torch.device, pretrained: Pretrained 
         compiled=compiled,
         parameters=parameters,
     )
-    doing("filling the model")
     run.meta = _fill(run, pretrained)
     if collectives.rank() == 0:
         _certify(run)

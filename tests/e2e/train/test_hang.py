@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -78,14 +79,20 @@ def live(arguments, folder):
         runs = json.dumps({name: arguments(folder / name, *KEYS) for name in names})
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", LAUNCHER, runs, str(folder), *names]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout + done.stderr
+        pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        job = subprocess.Popen(command, env=environment, **pipe)
+        try:
+            text, _ = job.communicate(timeout=300)
+            assert job.returncode == 0, text[-3000:]
+            return text
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
 
     return live
 
 
-WHERE = rf"on {socket.gethostname()}\) at step \d+, "
+WHERE = rf"on {socket.gethostname()}\), step \d+: "
 
 
 def test_a_stopped_rank_is_named(live):
@@ -97,8 +104,8 @@ def test_a_stopped_rank_is_named(live):
 @pytest.mark.slow
 def test_a_loader_that_is_stuck_is_named(live):
     (line,) = re.findall("No progress for 0.1 minutes: (.*)", live("stuck"))
-    culprit = rf"rank 1 \(process \d+ {WHERE}loading data, loader.py:\d+"
-    assert re.match(rf"{culprit}: the other 2 ranks wait for it", line)
+    culprit = rf"rank 1 \(process \d+ {WHERE}loading data"
+    assert re.match(rf"{culprit}: the other ranks wait for it", line)
 
 
 @pytest.mark.slow

@@ -7,44 +7,51 @@ import time
 import pytest
 
 from moltron.common import watchdog
-from moltron.common.watchdog import Place, Watchdog, doing, verdict
+from moltron.common.manifest import write_json
+from moltron.common.watchdog import doing, verdict, watched
 
 
-def places(*reports, beats=20):
-    return [Place(f"node{r}", 100 + r, beats, n, 7, "computing", "step.py:9") for r, n in enumerate(reports)]
+@pytest.fixture
+def blamed(tmp_path):
+    """(reports of the ranks, seconds since each wrote) → the verdict after ten minutes."""
+
+    def judge(reports, ages=None):
+        for rank, count in enumerate(reports):
+            write_json(
+                tmp_path / f"{rank}.json", [count, f"rank {rank} (process {100 + rank} on n), step 7: computing"]
+            )
+            when = time.time() - (ages or [0] * len(reports))[rank]
+            os.utime(tmp_path / f"{rank}.json", (when, when))
+        return verdict(tmp_path, len(reports), 10)
+
+    return judge
 
 
-def test_the_rank_that_is_behind():
-    now = places(31, 30, 31)
-    assert verdict(places(31, 30, 31, beats=10), now, 10) == (
-        "No progress for 10 minutes: rank 1 (process 101 on node1) at step 7, computing, step.py:9: the other 2 ranks "
-        "wait for it. Every rank ends, for torchrun to start again (if nothing was wrong, raise train.hang_minutes=10)."
+def test_the_rank_that_is_behind(blamed):
+    assert blamed([31, 30, 31], [0, 100, 250]) == (
+        "No progress for 10 minutes: rank 1 (process 101 on n), step 7: computing: the other ranks wait for it. Every "
+        "rank ends, for torchrun to start again (if nothing was wrong, raise train.hang_minutes=10)."
     )
 
 
-def test_a_silent_rank_before_one_that_is_behind():
-    before, now = places(31, 30, 31, beats=10), places(31, 30, 31)
-    before[2] = now[2]
-    line = verdict(before, now, 0.5)
-    assert "0.5 minutes: rank 2 (process 102 on node2)" in line and "without a sign of life" in line
-    assert "rank 1" not in line
+def test_a_silent_rank_before_one_that_is_behind(blamed):
+    line = blamed([31, 30, 31], [0, 0, 400])
+    assert "minutes: rank 2 (process 102 on n)" in line and "without a sign of life" in line and "rank 1" not in line
 
 
-def test_all_wait_at_one_place_and_a_lost_node_of_many_ranks():
-    assert "all ranks wait at the same place: rank 0 (" in verdict(places(5, 5, beats=10), places(5, 5), 10)
-    before, now = places(*[5] * 9, beats=10), places(*[5] * 9)
-    before[1:] = now[1:]
-    line = verdict(before, now, 10)
-    assert "rank 4 (" in line and "rank 5 (" not in line and "4 more: without a sign of life" in line
+def test_all_wait_at_one_place_and_a_lost_node_of_many_ranks(blamed):
+    assert "rank 0 (process 100 on n), step 7: computing and 1 more: all ranks wait" in blamed([5, 5])
+    assert "minutes: rank 1 (" in (line := blamed([5] * 9, [0] + [500] * 8)) and "and 7 more: without a sign" in line
 
 
-def test_a_rank_that_never_wrote_is_silent():
-    assert "rank 1 (process 0 on an unknown host)" in verdict([*places(5), Place()], [*places(5), Place()], 10)
+def test_a_rank_that_never_wrote_is_silent(blamed, tmp_path):
+    blamed([5])
+    assert "minutes: rank 1: without a sign of life" in verdict(tmp_path, 2, 10)
 
 
 @pytest.fixture
 def ended(monkeypatch):
-    """Threads that would have ended the process; they end themselves."""
+    """Exit codes of what would have ended the process; the thread ends instead."""
     codes = []
 
     def end(code):
@@ -57,24 +64,24 @@ def ended(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_hang_ends_the_process_and_reports_keep_it_alive(ended, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(watchdog.log, "propagate", True)
-    with Watchdog(tmp_path / "ranks", 0, 1, 1 / 60):
+    monkeypatch.setattr(watchdog.log.parent, "propagate", True)
+    with watched(tmp_path / "ranks", 0, 1, 1 / 60):
         for step in range(12):  # longer than the limit
-            doing("computing", step)
+            doing(f"step {step}: computing")
             time.sleep(0.15)
         assert ended == []
         deadline = time.monotonic() + 20
         while not ended and time.monotonic() < deadline:
             time.sleep(0.02)
     assert ended == [1]
-    assert "step 11, computing" in caplog.text
+    assert "step 11: computing: all ranks wait" in caplog.text
 
 
 def test_an_end_leaves_nothing(ended, tmp_path):
-    with Watchdog(tmp_path / "ranks", 0, 1, 0.2):
+    with watched(tmp_path / "ranks", 0, 1, 0.2):
         deadline = time.monotonic() + 20
         while not (tmp_path / "ranks").is_dir() and time.monotonic() < deadline:
             time.sleep(0.02)
         assert (tmp_path / "ranks").is_dir()
     assert not (tmp_path / "ranks").exists() and ended == []
-    assert all(thread.name != "watchdog" for thread in threading.enumerate())
+    assert all("_watch" not in thread.name for thread in threading.enumerate())
