@@ -95,6 +95,7 @@ class LoopConfig:
     eval_packs: int | None = None  # packs of validation data; None: all
     eval_molecules: int = 512  # molecules decoded at an evaluation, where a model reconstructs them; 0: none
     nonfinite: str = "stop"  # a loss or gradient that is not finite: stop | skip the step
+    hang_minutes: float = 10.0  # under torchrun: without progress for so long, all ranks end and start again
     early_stop: int | None = None  # stop after so many evaluations without a better val_loss
 
 

@@ -2,10 +2,10 @@
 
     BatchPlan.bins ──Store.gather──> letters ──table──> ids ──objective.batch──> PackedBatch … ──> Step
 
-Optimizer step k is bins k·P … k·P+P−1 of the plan's stream; rank r of W builds those with index ≡ r mod W. With
-`workers` this happens in processes of their own (torch's DataLoader): a thread would take turns with the one that
-launches kernels. The loader itself has no state: a `Step` says where the stream goes on. Knows nothing of models,
-devices and optimizers.
+Optimizer step k is bins k·P … k·P+P−1 of the plan's stream; rank r of W builds those with index ≡ r mod W, and an empty
+pack where another rank has one more: FSDP's ranks gather weights together. With `workers` this happens in processes of
+their own (torch's DataLoader): a thread would take turns with the one that launches kernels. The loader itself has no
+state: a `Step` says where the stream goes on. Knows nothing of models, devices and optimizers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ AHEAD = 8  # packs that a worker builds ahead: a window of the plan takes as lon
 class Step:
     """What one rank computes in one optimizer step.
 
-    batches: P / W packs. count: targets in them. tokens, decoder_tokens: real ones, filler not counted.
+    batches: ⌈P / W⌉ packs. count: targets in them. tokens, decoder_tokens: real ones, filler not counted.
     epoch: of the step's first bin. position: where the stream goes on after this step, over all ranks; JSON-able.
     """
 
@@ -50,9 +50,9 @@ class Step:
 class BatchLoader(IterableDataset):
     """Iterates `Step`s for one rank; each `iter()` starts at `position`.
 
-    packs: P, of all ranks together; a multiple of `world`.
+    packs: P, of all ranks together.
     position: of the last step that was done, None for the beginning.
-    epochs: stop there; None: never. The last step is filled up with empty packs, so that all ranks take equally many.
+    epochs: stop there; None: never. The last step is filled up with empty packs.
     workers: processes that build steps ahead, about AHEAD packs each; 0: built when asked for.
     pin: page-locked tensors, for copies that overlap with compute.
     wait_seconds: how long the consumer has waited for data so far.
@@ -71,10 +71,6 @@ class BatchLoader(IterableDataset):
         workers: int = 0,
         pin: bool = False,
     ):
-        if packs % world:
-            raise ValueError(
-                f"batch.packs={packs} cannot be shared equally by {world} ranks: make it a multiple of {world}"
-            )
         self.plan, self.store, self.objective = plan, store, plan.objective
         self.packs, self.rank, self.world, self.pin = packs, rank, world, pin
         self.epochs, self.workers = epochs, workers
@@ -133,10 +129,11 @@ class BatchLoader(IterableDataset):
                 yield bins, after
                 bins = []
         if bins:
-            nothing = np.zeros(0, dtype=np.int64)
-            yield bins + [(bins[-1][0], Bin(nothing, nothing, nothing))] * (self.packs - len(bins)), after
+            yield bins, after
 
     def _step(self, bins: list[tuple[int, Bin]], after: Position) -> Step:
+        whole, nothing = -(-self.packs // self.world) * self.world, np.zeros(0, dtype=np.int64)
+        bins = bins + [(bins[-1][0], Bin(nothing, nothing, nothing))] * (whole - len(bins))
         batches = [self._batch(bin, epoch) for epoch, bin in bins[self.rank :: self.world]]
         targets = [batch.targets.numpy() for batch in batches if batch.targets is not None]
         count = sum(int(np.count_nonzero(t >= 0)) for t in targets)

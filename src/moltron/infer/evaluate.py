@@ -24,6 +24,7 @@ from torch import nn
 
 from moltron.checkpoint.weights import load_pretrained
 from moltron.common.logging import get_logger
+from moltron.common.watchdog import doing
 from moltron.config.schema import EvaluateConfig, ObjectiveConfig
 from moltron.data.loader import BatchLoader
 from moltron.data.plan import EVALUATION_SEED, BatchPlan
@@ -75,6 +76,7 @@ class Evaluator:
         model.eval()
         steps = -(-self.packs // data_world_size())
         for index, step in enumerate(islice(self.loader, steps)):
+            doing("evaluating")
             batch = step.batches[0].to(self.device, non_blocking=True)
             loss, count = self.objective.loss(model(batch), batch)
             if index * data_world_size() + data_rank() < self.packs:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from moltron.common.watchdog import doing
 from moltron.config.schema import ObjectiveConfig
 from moltron.data.loader import BatchLoader
 from moltron.data.plan import EVALUATION_SEED, BatchPlan
@@ -68,6 +69,7 @@ class Reconstruction:
         )
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         for step in self.loader:
+            doing("decoding")
             batch = step.batches[0].to(self.device)
             memory_TD = model.encode(batch)  # type: ignore[operator]
             keys = np.arange(max(1, batch.num_sequences))  # without molecules, a filler keeps step with the other ranks

@@ -34,14 +34,29 @@ def init(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
-        if "WORLD_SIZE" in os.environ:
+        if is_launched():
             store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-            # torchrun keeps its store over restarts: without a name of its own a life finds the dead one's addresses
-            store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+            dist.init_process_group(backend, store=_own_part(store), rank=rank, world_size=world, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return local
+
+
+def is_launched() -> bool:
+    """Whether a launcher made this process one rank of a job."""
+    return "WORLD_SIZE" in os.environ
+
+
+def _own_part(store: dist.Store) -> dist.Store:
+    """Of a store that torchrun keeps over restarts, what no other life uses: else one finds the dead one's addresses.
+
+    Each node counts restarts for itself, so several nodes cannot name a life; without sharing each life has a store.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    if os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        raise ValueError("several nodes with --max-restarts: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    return dist.PrefixStore(f"life {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def rank() -> int:

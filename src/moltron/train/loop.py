@@ -13,6 +13,7 @@ import dataclasses
 import math
 import resource
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from moltron.checkpoint.manager import CheckpointError
 from moltron.common.lock import locked
 from moltron.common.logging import Progress, get_logger, setup_logging
 from moltron.common.manifest import write_json
+from moltron.common.watchdog import doing, watched
 from moltron.config.schema import TrainConfig
 from moltron.data.loader import BatchLoader
 from moltron.data.plan import BatchPlan
@@ -172,7 +174,12 @@ class Trainer:
             log.info("Step %d of train.max_steps=%d is done: nothing left to do", self.step_done, last)
             return self._result("finished")
         self._announce()
-        with Progress("train", last, self.step_done, enabled=self.sinks is not None) as progress:
+        ranks = self.run_.folder / ".ranks", collectives.rank(), collectives.world_size()
+        minutes, progress = (
+            self.config.train.hang_minutes,
+            Progress("train", last, self.step_done, self.sinks is not None),
+        )
+        with watched(*ranks, minutes) if collectives.is_launched() else nullcontext(), progress:
             reason = self._steps(last, progress)
         with self.meter.part("checkpoint"):
             self.run_.manager.wait()
@@ -187,9 +194,11 @@ class Trainer:
         steps = iter(self.loader)
         self.meter.reset(time.perf_counter())
         while self.step_done < last and reason == "finished":
+            step = self.step_done + 1
+            doing(f"step {step}: loading data")
             with self.meter.part("data"):
                 data = next(steps)
-            step = self.step_done + 1
+            doing(f"step {step}: computing")
             waiting.append(self.train_step(step, data.batches, data.count, self.run_.rate(step), self.stop.received))
             self.step_done, self.position = step, data.position
             due, stop = self._due(step, last), False
@@ -215,6 +224,7 @@ class Trainer:
 
     def _finish(self, pending: Pending, progress: Progress, defer_line: bool = False) -> bool:
         """Read a step's numbers: check, count, write its line. Returns whether a rank was asked to stop."""
+        doing(f"step {pending.step}: waiting for the device")
         reading = self.reading = pending.read()
         if reading.skipped:
             self.skipped += 1
@@ -261,6 +271,7 @@ class Trainer:
         return reason
 
     def _save(self, val_loss: float | None) -> None:
+        doing(f"step {self.step_done}: saving a checkpoint")
         with self.meter.part("checkpoint"):
             tensors = self.run_.tensors(copies=False)
             weights = {name: p.detach() for p, name in self.run_.optimizer.names.items()}

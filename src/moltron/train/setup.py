@@ -60,6 +60,7 @@ FREE = (
     "train.eval_molecules",
     "train.early_stop",
     "train.nonfinite",
+    "train.hang_minutes",
     "checkpoint.",
     "parallel.",
     "logging.",
@@ -115,6 +116,7 @@ def validate(config: TrainConfig, world: int) -> list[str]:
         "train.eval_every": t.eval_every,
         "train.eval_packs": t.eval_packs,
         "train.early_stop": t.early_stop,
+        "train.hang_minutes": t.hang_minutes,
         "checkpoint.every": c.every,
         "checkpoint.keep_last": c.keep_last,
         "parallel.recompute_every": config.parallel.recompute_every,
@@ -176,8 +178,10 @@ def validate(config: TrainConfig, world: int) -> list[str]:
 def _pack_problems(config: TrainConfig, world: int) -> list[str]:
     """world: ranks, or groups of ranks, that have packs of their own."""
     packs, pp = config.batch.packs, config.parallel.pp
-    if packs > 0 and packs % world:
-        near = max(world, round(packs / world) * world)
+    if 0 < packs < world:
+        return [f"batch.packs={packs} leaves {world - packs} of {world} processes idle: set batch.packs={world}"]
+    if packs > 0 and pp > 1 and packs % world:
+        near = round(packs / world) * world
         return [f"batch.packs={packs} cannot be shared equally by {world} processes: set batch.packs={near}"]
     each, is_loop = packs // world, config.parallel.pp_schedule in ("interleaved", "zero_bubble")
     if pp > 1 and packs > 0 and (each < pp or (is_loop and each % pp)):
@@ -391,6 +395,10 @@ def _warn(config: TrainConfig) -> None:
             s.warmup_steps,
             steps,
         )
+    packs, world = config.batch.packs, collectives.data_world_size()
+    if packs % world:
+        whole = -(-packs // world) * world
+        log.warning("batch.packs=%d on %d processes: a step takes as long as one of %d packs", packs, world, whole)
 
 
 def _open_stores(config: TrainConfig) -> dict[str, Store]:

@@ -149,7 +149,7 @@ class TrainStep:
     def __call__(self, step: int, batches: list[PackedBatch], targets: int, lr: float, stop: bool = False) -> Pending:
         """batches: this rank's packs. targets: how many this rank has. stop: this rank was asked to stop."""
         totals = self._count(batches, targets, stop)
-        scale = data_world_size() * (self.scaler.scale if self.scaler else 1.0) / totals[1].clamp(min=1).float()
+        scale = data_world_size() * (self.scaler.scale if self.scaler else 1.0) / totals[1].clamp(min=1)
         packs = self._backward(batches, scale)
         totals[0] = packs.sum()
         all_reduce_sum(totals[:1])

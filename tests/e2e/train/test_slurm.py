@@ -1,5 +1,6 @@
 """deploy/slurm under a real Slurm: a controller and three node daemons on this machine (Debian: slurm-wlm, munge)."""
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from moltron.checkpoint.manager import list_checkpoints
+from moltron.train.loop import train
 
 DEPLOY = Path(__file__).parents[3] / "deploy" / "slurm"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -124,28 +126,33 @@ def cluster():
             one.close()
 
 
-def test_a_warned_job_and_one_that_loses_a_node_go_on_to_the_same_bits(
+def steps(run_dir: Path) -> int:
+    """The last one that has a checkpoint."""
+    folder = run_dir / "checkpoints"
+    return int(list_checkpoints(folder)[-1].name.split("-")[-1]) if folder.is_dir() and any(folder.iterdir()) else 0
+
+
+def submit(cluster: Cluster, *arguments: str, nodes: int = 2) -> str:
+    options = [f"--nodes={nodes}", "--gpus-per-node=1", f"--output={cluster.home}/log", "--parsable"]
+    here = dict(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    return cluster("sbatch", *options, str(DEPLOY / "train.sbatch"), *arguments, **here).strip()
+
+
+def test_a_warned_job_and_one_that_loses_its_first_node_go_on_to_the_same_bits(
     cluster, arguments, read_lines, read_state, tmp_path
 ):
     keys = ("train.log_every=1", "checkpoint.every=5", "checkpoint.keep_last=3", "train.max_steps=200")
-    options = ["--nodes=2", "--gpus-per-node=1", f"--output={cluster.home}/log", "--parsable"]
-    submit = ["sbatch", *options, str(DEPLOY / "train.sbatch")]
-    here = dict(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
-
-    def steps(name: str) -> int:
-        folder = tmp_path / name / "checkpoints"
-        return int(list_checkpoints(folder)[-1].name.split("-")[-1]) if folder.is_dir() and any(folder.iterdir()) else 0
-
-    calm = cluster(*submit, *arguments(tmp_path / "calm", *keys), **here).strip()
+    run = tmp_path / "wild"
+    calm = submit(cluster, *arguments(tmp_path / "calm", *keys))
     cluster.wait_for(lambda: cluster.job(calm)["JobState"] == "COMPLETED", 200)
 
-    wild = cluster(*submit, *arguments(tmp_path / "wild", *keys), **here).strip()
-    cluster.wait_for(lambda: steps("wild") >= 20, 120)
+    wild = submit(cluster, *arguments(run, *keys))
+    cluster.wait_for(lambda: steps(run) >= 20, 120)
     cluster("scancel", "--batch", "--signal=USR1", wild)  # what --signal=B:USR1@300 sends five minutes before the end
     cluster.wait_for(lambda: cluster.job(wild)["Restarts"] == "1", 60)
     cluster("scontrol", "update", f"JobId={wild}", "StartTime=now")  # Slurm waits two minutes before it starts again
-    seen = steps("wild")
-    cluster.wait_for(lambda: steps("wild") > seen, 120)
+    seen = steps(run)
+    cluster.wait_for(lambda: steps(run) > seen, 120)
     lost = cluster.job(wild)["BatchHost"]
     cluster.kill(lost)
     cluster.wait_for(lambda: cluster.job(wild)["Restarts"] == "2", 90)
@@ -160,3 +167,29 @@ def test_a_warned_job_and_one_that_loses_a_node_go_on_to_the_same_bits(
     assert first == second and len(first) == 200
     (*_, expected), (*_, state) = (read_state(tmp_path / name) for name in ("calm", "wild"))
     assert all((state[name] == expected[name]).all() for name in expected)
+
+
+def test_a_job_that_loses_another_node_goes_on_without_it(cluster, arguments, tiny_config, read_lines, tmp_path):
+    keys = (
+        "train.log_every=1",
+        "checkpoint.every=5",
+        "train.max_steps=200",
+        "optim.lr=2e-4",
+        "optim.schedule.min_lr=1e-4",
+    )
+    train(tiny_config(tmp_path / "calm", *keys))
+    run = tmp_path / "wild"
+    wild = submit(cluster, *arguments(run, *keys), nodes=3)
+    cluster.wait_for(lambda: steps(run) >= 20, 120)
+    port = 20000 + int(wild) % 10000  # where the processes meet: on one machine whoever comes first is the host
+    (meet,) = {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port}
+    needed = {cluster.job(wild)["BatchHost"], psutil.Process(meet).environ()["SLURMD_NODENAME"]}
+    lost = min({"n1", "n2", "n3"} - needed)
+    cluster.kill(lost)
+    cluster.wait_for(lambda: cluster.job(wild)["JobState"] == "COMPLETED", 300)
+    assert cluster.job(wild)["Restarts"] == "0"
+    assert [life["processes"] for life in json.loads((run / "manifest.json").read_text())["lives"]] == [3, 2]
+    first, second = (read_lines(tmp_path / name) for name in ("calm", "wild"))
+    assert [line["step"] for line in second] == list(range(1, 201))
+    for a, b in zip(first, second, strict=True):
+        assert (a["tokens"], a["train_loss"]) == (b["tokens"], pytest.approx(b["train_loss"], rel=1e-5))

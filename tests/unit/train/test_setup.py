@@ -28,7 +28,7 @@ def test_the_defaults_are_valid(config):
 @pytest.mark.parametrize(
     ("section", "key", "value", "words"),
     [
-        ("batch", "packs", 6, "batch.packs=6 cannot be shared equally by 4 processes: set batch.packs=8"),
+        ("batch", "packs", 3, "batch.packs=3 leaves 1 of 4 processes idle: set batch.packs=4"),
         ("batch", "tokens", 512, "batch.tokens=512 < data.max_length=1024: raise batch.tokens or lower"),
         ("data", "max_length", 2, "leaves no residue beside 2 special tokens"),
         ("data", "path", "/nowhere", "data.path=/nowhere has no train.arrow: give a folder that `moltron prepare`"),
