@@ -109,7 +109,7 @@ def answer(request: Request) -> tuple[str, bool]:
 
 def propose(request: Request, config: schema.PlanConfig, model: Any) -> Choice:
     """The first that fits; else the one with the smallest peak. Raises ConfigError where no layout can work."""
-    from moltron.train.setup import validate
+    from moltron.train.validate import validate
 
     smallest, problems = None, []
     for is_large in (True, False):

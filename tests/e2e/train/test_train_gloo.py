@@ -150,7 +150,7 @@ def test_one_process_goes_on_where_two_ranks_stopped(both, tiny_config, read_lin
 
 
 def test_what_tensor_parallelism_cannot_cut_is_said_at_once(tiny_config):
-    from moltron.train.setup import validate
+    from moltron.train.validate import validate
 
     problems = validate(tiny_config("/nowhere/run", "parallel.tp=5"), world=10)
     assert problems == [
@@ -161,7 +161,7 @@ def test_what_tensor_parallelism_cannot_cut_is_said_at_once(tiny_config):
 
 
 def test_what_no_pipeline_can_be_is_said_at_once(tiny_config):
-    from moltron.train.setup import validate
+    from moltron.train.validate import validate
 
     problems = validate(tiny_config("/nowhere/run", "parallel.pp=3", "batch.packs=2"), world=3)
     assert problems == [

@@ -9,7 +9,7 @@ from moltron.cli import main as cli
 from moltron.cli import plan
 from moltron.config import compose
 from moltron.config.schema import TrainConfig
-from moltron.train.setup import validate
+from moltron.train.validate import validate
 
 
 def run(capsys, *arguments):

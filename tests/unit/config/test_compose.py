@@ -10,7 +10,7 @@ from moltron.config.compose import CONFIGS, ConfigError, dump_config, load_confi
 from moltron.config.schema import EmbedConfig, EvaluateConfig, PrepareConfig, TrainConfig
 from moltron.models.registry import architecture_problems, build_model
 from moltron.models.spec import num_parameters
-from moltron.train.setup import validate
+from moltron.train.validate import validate
 
 
 def written_and_read(config, folder):

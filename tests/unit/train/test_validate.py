@@ -6,7 +6,7 @@ import pytest
 
 from moltron.config.compose import schema_fields
 from moltron.config.schema import TrainConfig
-from moltron.train.setup import FREE, differences, validate
+from moltron.train.validate import FREE, differences, validate
 
 MODEL = {"family": "esm2", "hidden_size": 32, "num_layers": 1, "num_heads": 2, "ffn_size": 64}
 
