@@ -52,7 +52,7 @@ class Nodes:
         agent.wait()
 
     def step(self) -> int:
-        found = list_checkpoints(self.run_dir / "checkpoints") if (self.run_dir / "checkpoints").is_dir() else []
+        found = list_checkpoints(self.run_dir / "checkpoints")
         return int(found[-1].name.split("-")[-1]) if found else 0
 
     def worlds(self) -> list[int]:

@@ -1,6 +1,5 @@
 """deploy/slurm under a real Slurm: a controller and three node daemons on this machine (Debian: slurm-wlm, munge)."""
 
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,6 @@ import psutil
 import pytest
 
 from moltron.checkpoint.manager import list_checkpoints
-from moltron.train.loop import train
 
 DEPLOY = Path(__file__).parents[3] / "deploy" / "slurm"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -128,12 +126,20 @@ def cluster():
 
 def steps(run_dir: Path) -> int:
     """The last one that has a checkpoint."""
-    folder = run_dir / "checkpoints"
-    return int(list_checkpoints(folder)[-1].name.split("-")[-1]) if folder.is_dir() and any(folder.iterdir()) else 0
+    found = list_checkpoints(run_dir / "checkpoints")
+    return int(found[-1].name.split("-")[-1]) if found else 0
 
 
-def submit(cluster: Cluster, *arguments: str, nodes: int = 2) -> str:
-    options = [f"--nodes={nodes}", "--gpus-per-node=1", f"--output={cluster.home}/log", "--parsable"]
+def start_again(cluster: Cluster, job: str, restarts: str) -> None:
+    """As soon as it is queued for so manieth time; Slurm would wait two minutes."""
+    is_queued = lambda: (found := cluster.job(job))["Restarts"] == restarts and found["JobState"] == "PENDING"  # noqa: E731
+    cluster.wait_for(is_queued, 600)
+    time.sleep(5)  # at once it would be refused: "Job credential revoked"
+    cluster("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+def submit(cluster: Cluster, *arguments: str) -> str:
+    options = ["--nodes=2", "--gpus-per-node=1", f"--output={cluster.home}/log", "--parsable"]
     here = dict(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     return cluster("sbatch", *options, str(DEPLOY / "train.sbatch"), *arguments, **here).strip()
 
@@ -144,20 +150,18 @@ def test_a_warned_job_and_one_that_loses_its_first_node_go_on_to_the_same_bits(
     keys = ("train.log_every=1", "checkpoint.every=5", "checkpoint.keep_last=3", "train.max_steps=200")
     run = tmp_path / "wild"
     calm = submit(cluster, *arguments(tmp_path / "calm", *keys))
-    cluster.wait_for(lambda: cluster.job(calm)["JobState"] == "COMPLETED", 200)
+    cluster.wait_for(lambda: cluster.job(calm)["JobState"] == "COMPLETED", 600)
 
     wild = submit(cluster, *arguments(run, *keys))
-    cluster.wait_for(lambda: steps(run) >= 20, 120)
+    cluster.wait_for(lambda: steps(run) >= 20, 600)
     cluster("scancel", "--batch", "--signal=USR1", wild)  # what --signal=B:USR1@300 sends five minutes before the end
-    cluster.wait_for(lambda: cluster.job(wild)["Restarts"] == "1", 60)
-    cluster("scontrol", "update", f"JobId={wild}", "StartTime=now")  # Slurm waits two minutes before it starts again
+    start_again(cluster, wild, "1")
     seen = steps(run)
-    cluster.wait_for(lambda: steps(run) > seen, 120)
+    cluster.wait_for(lambda: steps(run) > seen, 600)
     lost = cluster.job(wild)["BatchHost"]
     cluster.kill(lost)
-    cluster.wait_for(lambda: cluster.job(wild)["Restarts"] == "2", 90)
-    cluster("scontrol", "update", f"JobId={wild}", "StartTime=now")
-    cluster.wait_for(lambda: cluster.job(wild)["JobState"] == "COMPLETED", 200)
+    start_again(cluster, wild, "2")
+    cluster.wait_for(lambda: cluster.job(wild)["JobState"] == "COMPLETED", 600)
     assert cluster.job(wild)["BatchHost"] != lost
 
     first, second = (
@@ -167,29 +171,3 @@ def test_a_warned_job_and_one_that_loses_its_first_node_go_on_to_the_same_bits(
     assert first == second and len(first) == 200
     (*_, expected), (*_, state) = (read_state(tmp_path / name) for name in ("calm", "wild"))
     assert all((state[name] == expected[name]).all() for name in expected)
-
-
-def test_a_job_that_loses_another_node_goes_on_without_it(cluster, arguments, tiny_config, read_lines, tmp_path):
-    keys = (
-        "train.log_every=1",
-        "checkpoint.every=5",
-        "train.max_steps=200",
-        "optim.lr=2e-4",
-        "optim.schedule.min_lr=1e-4",
-    )
-    train(tiny_config(tmp_path / "calm", *keys))
-    run = tmp_path / "wild"
-    wild = submit(cluster, *arguments(run, *keys), nodes=3)
-    cluster.wait_for(lambda: steps(run) >= 20, 120)
-    port = 20000 + int(wild) % 10000  # where the processes meet: on one machine whoever comes first is the host
-    (meet,) = {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port}
-    needed = {cluster.job(wild)["BatchHost"], psutil.Process(meet).environ()["SLURMD_NODENAME"]}
-    lost = min({"n1", "n2", "n3"} - needed)
-    cluster.kill(lost)
-    cluster.wait_for(lambda: cluster.job(wild)["JobState"] == "COMPLETED", 300)
-    assert cluster.job(wild)["Restarts"] == "0"
-    assert [life["processes"] for life in json.loads((run / "manifest.json").read_text())["lives"]] == [3, 2]
-    first, second = (read_lines(tmp_path / name) for name in ("calm", "wild"))
-    assert [line["step"] for line in second] == list(range(1, 201))
-    for a, b in zip(first, second, strict=True):
-        assert (a["tokens"], a["train_loss"]) == (b["tokens"], pytest.approx(b["train_loss"], rel=1e-5))
