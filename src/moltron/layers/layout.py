@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,14 +55,16 @@ class Layout:
     @staticmethod
     def of(lengths: np.ndarray, pin: bool = False) -> Layout:
         """On the host. lengths: (B,) integers, in the order of the pack. pin: in page-locked memory."""
-        table: Any = dict(dtype=torch.int32, pin_memory=pin)
-        cu_seqlens = torch.zeros(len(lengths) + 1, **table)
-        starts = cu_seqlens.numpy()
-        np.cumsum(lengths, out=starts[1:])
-        positions = torch.empty(int(starts[-1]), **table)
-        np.subtract(np.arange(starts[-1], dtype=np.int32), np.repeat(starts[:-1], lengths), out=positions.numpy())
-        tiles = torch.from_numpy(tile_table(starts))
-        return Layout(cu_seqlens, positions, tuple(lengths.tolist()), tiles.pin_memory() if pin else tiles)
+        cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1:])
+        positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
+        layout = Layout(
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            positions=torch.from_numpy(positions),
+            lengths=tuple(lengths.tolist()),
+            tiles=torch.from_numpy(tile_table(cu_seqlens)),
+        )
+        return layout.each(lambda x: x.pin_memory()) if pin else layout
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Layout:
         """All tensors changed alike: moved, pinned."""

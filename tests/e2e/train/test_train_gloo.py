@@ -50,7 +50,9 @@ RUNS = {
     "init of a run": (*SHORT, "init={folder}/source", "parallel.pp=2", "parallel.pp_schedule=zero_bubble", ONE_STAGE),
     "half": (*SHORT, "train.precision=bf16"),
     "half pipeline": (*SHORT, "train.precision=bf16", "parallel.pp=2", "optim.name=muon"),
+    "fp8 pipeline": (*SHORT, "train.precision=fp8", "model.num_layers=4", "parallel.pp=2", "batch.packs=2"),
 }
+ROUNDED = ("half", "half pipeline", "fp8 pipeline")  # two ranks round elsewhere
 
 
 def without_axes(keys):
@@ -101,7 +103,7 @@ def both(tmp_path_factory, arguments, tiny_config):
 
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    [(name, 1e-3 if name == "muon" else 1e-5) for name in RUNS if name not in ("context", "half", "half pipeline")],
+    [(name, 1e-3 if name == "muon" else 1e-5) for name in RUNS if name not in ("context", *ROUNDED)],
 )
 def test_two_ranks_are_one_process(both, read_lines, read_state, name, tolerance):
     one, two = (read_lines(both / home / name) for home in ("one", "two"))
@@ -119,7 +121,14 @@ def test_two_ranks_are_one_process(both, read_lines, read_state, name, tolerance
             torch.testing.assert_close(state[key], expected[key], rtol=0, atol=5e-3 if name == "muon" else 2e-5)
 
 
-@pytest.mark.parametrize("name", ["half", "half pipeline"])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_in_half_precision_two_ranks_are_one_process_but_for_rounding(both, read_lines, name):
+    one, two = (read_lines(both / home / name) for home in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["tokens"] == b["tokens"] and a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
 def test_a_checkpoint_after_an_evaluation_has_the_masters(both, name):
     """Not the weights in half precision that an evaluation has gathered."""
     path = find_good(both / "two" / name / "checkpoints")
