@@ -183,7 +183,8 @@ def predict(config: schema.TrainConfig, world: int, device: str = "cuda", model:
 
     spec = get_spec(config.model["family"])
     made = make_config(spec.name, {key: value for key, value in config.model.items() if key != "family"})
-    precision = resolve_precision(config.train.precision, torch.device(device))
+    precision = config.train.precision
+    precision = precision if precision == "fp8" else resolve_precision(precision, torch.device(device))
     objective = get_objective(config.objective, get_tokenizer(made.tokenizer), 0)
     tokens, compiled = config.batch.streams(objective.streams), config.train.compile
     if compiled is None:
@@ -194,6 +195,7 @@ def predict(config: schema.TrainConfig, world: int, device: str = "cuda", model:
         targets=objective.num_targets(tokens[0]) if objective.streams == 1 else tokens[1],  # type: ignore[attr-defined]
         packs=-(-config.batch.packs // (copies * shards)),
         width=4 if precision == "fp32" else 2,
+        fp8=precision == "fp8",
         compiled=compiled,
         muon=config.optim.name == "muon",
         length=max(config.data.limits(objective.streams)),

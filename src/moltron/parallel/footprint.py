@@ -29,6 +29,7 @@ class Work(NamedTuple):
     """What is trained. tokens: of a pack, of each stream. targets: of a pack. packs: of a rank in one step.
 
     width: bytes of a number in the blocks, 2 or 4. compiled: blocks and loss. muon: for matrices in the blocks.
+    fp8: compiled, a block then computes again what its products read: only casts of that go into them.
     length: tokens of the longest sequence; matters where positions are relative.
     """
 
@@ -38,6 +39,7 @@ class Work(NamedTuple):
     width: int = 2
     compiled: bool = True
     muon: bool = False
+    fp8: bool = False
     length: int = 1024
 
 
@@ -84,7 +86,8 @@ class _Layout:
         b, packs, config, shape = self.work.width, self.work.packs, self.config, self.shape
         pp, tp, copies, shards = config.pp, config.tp, config.dp_replicate, shape["dp_shard"] * shape["cp"]
         units = {name: i for name in names for i, glob in enumerate(self.plan.units) if matches(name, [glob])}
-        kinds = [(stream, i % config.recompute_every == 0) for i, stream in enumerate(units.values(), 1)]
+        inner = self._inner() if self.work.fp8 and self.work.compiled else ()
+        kinds = [(u, i % config.recompute_every == 0, name in inner) for i, (name, u) in enumerate(units.items(), 1)]
         known = {kind: self._block(name, *kind) for kind, name in dict(zip(kinds, units)).items()}
         blocks = [known[kind] for kind in kinds]
         in_blocks, largest = sum(block.parameters for block in blocks), max(block.parameters for block in blocks)
@@ -126,7 +129,12 @@ class _Layout:
         }
         return Footprint(memory, [block.kept for block in blocks], {a: sent[a] for a in AXES if shape[a] > 1})
 
-    def _block(self, name: str, stream: int, again: bool) -> _Block:
+    def _inner(self) -> set[str]:
+        """All blocks but the first and the last of each stack."""
+        stacks = [[n for n, _ in self.model.named_modules() if matches(n, [glob])] for glob in self.plan.units]
+        return {name for stack in stacks for name in stack[1:-1]}
+
+    def _block(self, name: str, stream: int, again: bool, fp8: bool) -> _Block:
         """again: whether it is one of those that `recompute` is for."""
         b, tp, block = self.work.width, self.config.tp, self.model.get_submodule(name)
         cp = 1 if stream else self.config.cp
@@ -147,14 +155,14 @@ class _Layout:
                     third, keys = written / 3, written / 3 * 2 * (cp - 1)
                     written = third * (2 * cp + (1 if turns else 3))
                 dear += written if getattr(parent, "activation", "") != "relu" else 0
-                dear, cheap = (dear + gathered, cheap) if tp > 1 else (dear, cheap + gathered)
+                dear, cheap = (dear + gathered, cheap) if tp > 1 else (dear, cheap + (0 if fp8 else gathered))
             elif word == "row" and hasattr(parent, "head_dim"):
                 read, heads = module.in_features * b * T / tp, module.in_features / parent.head_dim / tp
                 dear += read * (3 if turns and cp == 1 else 1) + 4 * heads * T
                 cheap += 0 if self.work.compiled else read  # sequences' outputs, put together
                 dear += heads * self.work.length * b * T if getattr(block, "scale", None) else 0  # biases, of each pair
             elif word == "row":
-                cheap += module.in_features * b * T / tp
+                cheap += 0 if fp8 else module.in_features * b * T / tp
                 widest = module.in_features * b * T / tp + x + (gathered if tp > 1 else 0)
         mode = self.config.recompute if again else "none"
         kept = {"none": dear + cheap, "selective": dear, "full": x}[mode]
