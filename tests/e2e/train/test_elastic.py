@@ -21,7 +21,7 @@ from moltron.checkpoint.manager import list_checkpoints, read_manifest
 from moltron.train.loop import train
 
 KEYS = ("train.log_every=1", "train.eval_every=100", "checkpoint.every=5", "checkpoint.keep_best=0")
-KEYS += ("optim.lr=2e-4", "optim.schedule.min_lr=1e-4", "optim.eps=1e-3")  # fp32 is chaos only after 300 steps
+KEYS += ("optim.lr=2e-4", "optim.schedule.min_lr=1e-4", "optim.eps=1e-3")  # fp32 is chaos only after 250 steps
 ADDRESSES = {"host": "127.0.0.2", "a": "127.0.0.1", "b": "127.0.0.3"}
 QUICK = "last_call_timeout=3,keep_alive_interval=2,keep_alive_max_attempt=6"  # 3 s were too few on a busy machine
 
@@ -99,7 +99,7 @@ def assert_same_curve(lines, calm, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kills", "steps", "tokens"), [(1, 150, 1920), (5, 300, 3840)])  # tokens: for slow steps
+@pytest.mark.parametrize(("kills", "steps", "tokens"), [(1, 150, 1920), (5, 240, 3840)])  # tokens: for slow steps
 def test_nodes_that_are_killed_and_come_back_leave_the_curve(
     job, tiny_config, read_lines, tmp_path, kills, steps, tokens
 ):
