@@ -38,7 +38,7 @@ from moltron.config.compose import load_config
 from moltron.config.schema import TrainConfig
 from moltron.parallel import collectives
 from moltron.train.loop import train
-collectives.shutdown, shutdown = lambda: None, collectives.shutdown  # one group for all runs
+collectives.shutdown, shutdown = lambda *_: None, collectives.shutdown  # one group for all runs
 for arguments in json.loads(sys.argv[1]):
     train(load_config(TrainConfig, arguments))
 shutdown()

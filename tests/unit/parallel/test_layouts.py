@@ -27,6 +27,8 @@ from moltron.train.optim import Optimizer
 from moltron.train.setup import Run
 from moltron.train.step import TrainStep
 
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for all layouts
+
 SIZES = dict(hidden_size=32, num_layers=4, num_heads=4, ffn_size=64)
 TWO = SIZES | dict(num_layers=2, num_decoder_layers=2, max_positions=64)
 ESM1B = SIZES | dict(vocab_size=33, token_dropout=True, embed_norm=True, contact_head=True, mask_id=32)
