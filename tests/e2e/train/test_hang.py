@@ -115,7 +115,7 @@ def test_torchrun_kills_a_stopped_process_and_goes_on_without_a_trace(
     live("calm")
     path = tmp_path / "log"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=1"]
-    command += ["-m", "moltron", "train", *arguments(tmp_path / "run", *KEYS)]
+    command += ["-m", "moltron", "train", *arguments(tmp_path / "run", *KEYS, "train.hang_minutes=0.3")]
     with open(path, "w") as log:
         job = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
         while not any((tmp_path / "run").glob("checkpoints/step-*")):
