@@ -1,11 +1,7 @@
 """Two ranks on gloo are one process: the same samples, masks, losses, gradient norms and weights. One spawn for all."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -61,43 +57,17 @@ def without_axes(keys):
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory, arguments, tiny_config):
+def both(tmp_path_factory, ranks_of, arguments, tiny_config):
     """The folders of every run, by one process and by two ranks."""
     folder = tmp_path_factory.mktemp("gloo")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     runs = {name: [key.format(folder=folder) for key in keys] for name, keys in RUNS.items()}
     train(tiny_config(folder / "source", "train.max_steps=2", "train.seed=5"))
     main(["convert", f"input={folder / 'source'}", f"output={folder / 'weights'}", "format=huggingface"])
     jobs = [arguments(folder / "two" / name, *keys) for name, keys in runs.items()]
     jobs += [arguments(folder / "two" / "stopped", "train.max_steps=50", "train.eval_every=50", "checkpoint.every=50")]
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", TRAIN_ALL, json.dumps(jobs)],
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for name, keys in runs.items():
-        train(tiny_config(folder / "one" / name, *without_axes(keys)))
-    try:
-        for rank in ranks:
-            output, _ = rank.communicate(timeout=300)
-            assert rank.returncode == 0, output
-    finally:
-        for rank in ranks:
-            rank.kill()
+    with ranks_of("-c", TRAIN_ALL, json.dumps(jobs)):
+        for name, keys in runs.items():
+            train(tiny_config(folder / "one" / name, *without_axes(keys)))
     return folder
 
 

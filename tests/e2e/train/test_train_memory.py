@@ -5,9 +5,6 @@ Measured on the host, where a shard and a whole model look alike to everyone but
 
 import json
 import os
-import socket
-import subprocess
-import sys
 
 import pytest
 
@@ -58,7 +55,7 @@ LIVES = ("seed", "folder", "run", "checkpoint")
 
 
 @pytest.fixture(scope="module")
-def memory(tmp_path_factory, arguments):
+def memory(tmp_path_factory, ranks_of, arguments):
     """Of each life (the most that it took, what it holds in the end, bytes of the whole model)."""
     folder = tmp_path_factory.mktemp("memory")
     model, config = build_model("esm2", SIZES).to_empty(device="cpu"), make_config("esm2", SIZES)
@@ -72,33 +69,9 @@ def memory(tmp_path_factory, arguments):
         "run": arguments(folder / "run", *sizes, f"init={folder / 'seed'}"),
         "checkpoint": arguments(folder / "seed", *sizes),
     }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "MALLOC_MMAP_THRESHOLD_": str(2**20),  # what is freed goes back at once
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", BUILD_ALL, json.dumps(jobs)],
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    finally:
-        for rank in ranks:
-            rank.kill()
+    freed = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # what is freed goes back at once
+    with ranks_of("-c", BUILD_ALL, json.dumps(jobs), **freed) as outputs:
+        pass
     return json.loads(outputs[0].splitlines()[-1])
 
 

@@ -1,10 +1,6 @@
 """Encoder–decoders through `moltron train` and `evaluate`: as ESM, they learn, resume bit for bit, and share ranks."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -117,35 +113,10 @@ def test_evaluate_agrees_with_the_run(runs, read_lines, tiny_store, molecules, f
     ]
 
 
-def test_two_ranks_are_one_process(runs, command, read_lines, read_state, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_two_ranks_are_one_process(runs, ranks_of, command, read_lines, read_state, tmp_path):
     jobs = json.dumps([command(family, tmp_path / family) for family in FAMILIES])
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", TRAIN, jobs],
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            output, _ = rank.communicate(timeout=300)
-            assert rank.returncode == 0, output
-    finally:
-        for rank in ranks:
-            rank.kill()
+    with ranks_of("-c", TRAIN, jobs):
+        pass
     for family in FAMILIES:
         one, two = read_lines(runs / family), read_lines(tmp_path / family)
         assert len(one) == len(two) == 12

@@ -1,10 +1,6 @@
 """The memory model: what autograd keeps to the byte, on one process and two; peaks that GPUs were measured at."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -150,22 +146,10 @@ LAYOUTS = {"dp_shard 2": {}, "tp 2": dict(tp=2), "cp 2": dict(cp=2)}
 
 
 @pytest.fixture(scope="module")
-def of_two_ranks():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    ranks = [
-        subprocess.Popen([sys.executable, __file__], env=settings | {"RANK": str(r)}, stdout=subprocess.PIPE, text=True)
-        for r in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return json.loads(outputs[0].splitlines()[-1])
+def of_two_ranks(ranks_of):
+    with ranks_of(__file__) as outputs:
+        pass
+    return json.loads(next(line for line in outputs[0].splitlines() if line.startswith("{")))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
