@@ -178,13 +178,12 @@ def predict(config: schema.TrainConfig, world: int, device: str = "cuda", model:
     from moltron.objectives import get_objective
     from moltron.parallel.footprint import Work, footprint
     from moltron.parallel.mesh import mesh_shape
-    from moltron.parallel.precision import resolve_precision
+    from moltron.parallel.precision import TRAINED, resolve_precision
     from moltron.tokenizers import get_tokenizer
 
     spec = get_spec(config.model["family"])
     made = make_config(spec.name, {key: value for key, value in config.model.items() if key != "family"})
-    precision = config.train.precision
-    precision = precision if precision == "fp8" else resolve_precision(precision, torch.device(device))
+    precision = resolve_precision(config.train.precision, torch.device(device), TRAINED)
     objective = get_objective(config.objective, get_tokenizer(made.tokenizer), 0)
     tokens, compiled = config.batch.streams(objective.streams), config.train.compile
     if compiled is None:

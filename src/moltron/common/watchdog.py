@@ -34,11 +34,14 @@ def doing(what: str) -> None:
     _here = _here[0] + 1, what
 
 
+def forget(folder: Path) -> None:
+    """Drop what an earlier life of the job left. One rank calls it, before any of them is watched."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def watched(folder: Path, rank: int, world: int, minutes: float) -> Iterator[None]:
-    """Watch this rank inside of the block. folder: of the job, emptied. minutes: without a report they are a hang."""
-    if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Watch this rank inside of the block. folder: of the job. minutes: without a report they are a hang."""
     over = threading.Event()
     thread = threading.Thread(target=_watch, args=(over, folder, rank, world, minutes), daemon=True)
     thread.start()
@@ -54,14 +57,16 @@ def watched(folder: Path, rank: int, world: int, minutes: float) -> Iterator[Non
 
 def _watch(over: threading.Event, folder: Path, rank: int, world: int, minutes: float) -> None:
     name, still, last = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})", 0, -1
-    while still < BEATS:
-        if over.wait(minutes * 60 / BEATS):
-            return
+    while True:
         reports, what = _here
         still, last = still + 1 if reports == last else 0, reports
         with suppress(OSError):  # a full disk is no hang
             folder.mkdir(exist_ok=True)
             write_json(folder / f"{rank}.json", [reports, f"{name}, {what}"])
+        if still == BEATS:
+            break
+        if over.wait(minutes * 60 / BEATS):
+            return
     try:
         (folder / "said").touch(exist_ok=False)  # by whoever comes first
         log.error("%s", verdict(folder, world, minutes))

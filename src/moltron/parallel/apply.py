@@ -4,9 +4,8 @@
                                                                           └─ one rank: `compute_in` ──┘
 
 FSDP2 wraps units, then the rest; on one rank weights are cast when the model is called. Layers are swapped for FP8's
-before all of it. Compile comes after recompute,
-so that it sees what is computed twice, and before FSDP2, so that the hooks that gather weights stay outside of the
-compiled graphs.
+before all of it. Compile comes after recompute, so that it sees what is computed twice, and before FSDP2, so that the
+hooks that gather weights stay outside of the compiled graphs.
 """
 
 from __future__ import annotations

@@ -20,15 +20,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from moltron.layers.fp8 import Float8Linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TRAINED = (*DTYPES, "fp8")  # only training knows FP8
 REDUCED = ("fp32", "bf16")  # what gradients may be added up in
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """auto → bf16 on CUDA, fp32 on a CPU."""
+def resolve_precision(precision: str, device: torch.device, known: Sequence[str] = tuple(DTYPES)) -> str:
+    """auto → bf16 on CUDA, fp32 on a CPU. known: what else there is, see TRAINED."""
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
-    if precision not in DTYPES:
-        raise ValueError(f"precision={precision!r} is unknown; there are: auto, {', '.join(DTYPES)}")
+    if precision not in known:
+        raise ValueError(f"precision={precision!r} is unknown; there are: auto, {', '.join(known)}")
     return precision
 
 

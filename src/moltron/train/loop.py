@@ -174,12 +174,10 @@ class Trainer:
             log.info("Step %d of train.max_steps=%d is done: nothing left to do", self.step_done, last)
             return self._result("finished")
         self._announce()
-        ranks = self.run_.folder / ".ranks", collectives.rank(), collectives.world_size()
-        minutes, progress = (
-            self.config.train.hang_minutes,
-            Progress("train", last, self.step_done, self.sinks is not None),
-        )
-        with watched(*ranks, minutes) if collectives.is_launched() else nullcontext(), progress:
+        minutes, watch = self.config.train.hang_minutes, nullcontext()
+        if collectives.is_launched():
+            watch = watched(self.run_.places, collectives.rank(), collectives.world_size(), minutes)
+        with watch, Progress("train", last, self.step_done, enabled=self.sinks is not None) as progress:
             reason = self._steps(last, progress)
         with self.meter.part("checkpoint"):
             self.run_.manager.wait()

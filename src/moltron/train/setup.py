@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import moltron
 from moltron.checkpoint.manager import CheckpointManager, list_checkpoints
 from moltron.checkpoint.weights import Source, fill, find_source
+from moltron.common import watchdog
 from moltron.common.logging import get_logger
 from moltron.common.manifest import read_json, write_json
 from moltron.config.compose import ConfigError, dump_config, load_yaml
@@ -35,7 +36,7 @@ from moltron.models.spec import ModelSpec, num_parameters
 from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, parallelize, reshard
 from moltron.parallel.pipeline import pipeline_of, splits_backward
-from moltron.parallel.precision import resolve_precision
+from moltron.parallel.precision import TRAINED, resolve_precision
 from moltron.tokenizers import Tokenizer, get_tokenizer
 from moltron.train import optim, schedule
 from moltron.train.validate import differences, model_section, validate
@@ -63,6 +64,11 @@ class Run:
     meta: dict[str, Any] | None  # of the checkpoint that was restored
     compiled: bool  # the units; then packs can be recorded as CUDA graphs, too
     parameters: int  # of all ranks
+
+    @property
+    def places(self) -> Path:
+        """Where the ranks write what they are doing, for the watchdog."""
+        return self.folder / ".ranks"
 
     def tensors(self, copies: bool = True) -> dict[str, Tensor]:
         """What a checkpoint holds, live: `model.<name>` and `optim.<kind>.<name>`.
@@ -100,8 +106,7 @@ def build_run(config: TrainConfig, device: torch.device, source: Source | None) 
 
     family, architecture = model_section(config)
     assert family is not None
-    spec, precision = get_spec(family), config.train.precision
-    precision = precision if precision == "fp8" else resolve_precision(precision, device)
+    spec, precision = get_spec(family), resolve_precision(config.train.precision, device, TRAINED)
     model_config = make_config(family, architecture)
     # elsewhere attention goes by lengths, new in each pack
     can_compile = device.type == "cuda" and precision != "fp32" and getattr(model_config, "trains_compiled", True)
@@ -148,6 +153,7 @@ def build_run(config: TrainConfig, device: torch.device, source: Source | None) 
     run.meta = _fill(run, source)
     if collectives.rank() == 0:
         _certify(run)
+        watchdog.forget(run.places)
     collectives.barrier()
     return run
 

@@ -17,7 +17,7 @@ from moltron.models.registry import architecture_problems, get_spec, make_config
 from moltron.objectives import OBJECTIVES, Objective
 from moltron.parallel.mesh import mesh_shape
 from moltron.parallel.pipeline import SCHEDULES, num_stages, splits_backward
-from moltron.parallel.precision import DTYPES, REDUCED
+from moltron.parallel.precision import REDUCED, TRAINED
 from moltron.parallel.recompute import MODES as RECOMPUTE
 from moltron.tokenizers import get_tokenizer
 from moltron.train import optim, schedule
@@ -90,7 +90,7 @@ def validate(config: TrainConfig, world: int) -> list[str]:
     choices = {
         "optim.name": (o.name, optim.NAMES),
         "optim.schedule.name": (s.name, schedule.NAMES),
-        "train.precision": (t.precision, ("auto", *DTYPES, "fp8")),
+        "train.precision": (t.precision, ("auto", *TRAINED)),
         "train.fp8_recipe": (t.fp8_recipe, fp8.RECIPES),
         "train.device": (t.device, ("auto", "cpu", "cuda")),
         "train.nonfinite": (t.nonfinite, ("stop", "skip")),
