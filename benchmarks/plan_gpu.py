@@ -41,6 +41,7 @@ from moltron.models.registry import build_model, get_spec, make_config
 from moltron.objectives import Limits, get_objective
 from moltron.parallel import collectives
 from moltron.parallel.apply import local, parallelize
+from moltron.parallel.mesh import is_sharded
 from moltron.parallel.precision import resolve_precision
 from moltron.tokenizers import get_tokenizer
 from moltron.train.optim import Optimizer
@@ -133,7 +134,7 @@ def run_rank(row: str, folder: Path, device_type: str, tiny: bool, steps: int) -
         scaler=LossScaler() if precision == "fp16" else None,
         skip_nonfinite=False,
         sync_each=config.parallel.reshard_after_forward,
-        graphs=compiled and collectives.world_size() == 1,
+        graphs=compiled and not is_sharded(config.parallel, collectives.world_size()),
     )
     streams = objective.streams
     store = Store.open(folder / "train.arrow")

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moltron.layers.blocks import FeedForward
 from moltron.layers.pooling import pool
 from moltron.models.batch import PackedBatch
 from moltron.models.spec import ParallelPlan
@@ -103,6 +104,9 @@ class Encoder:
     def compile(self) -> None:
         """Compile the plan's units and record packs as CUDA graphs: pays on CUDA from some tens of packs."""
         if self._plan is not None and self._copies is not None and not self._compiled:
+            for module in self.model.modules():
+                if isinstance(module, FeedForward):
+                    module.fused = self.precision != "fp32"
             compile_units(self.model, self._plan)
             self._compiled = True
             self._forwards.clear()

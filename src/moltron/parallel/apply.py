@@ -1,9 +1,9 @@
 """Parallelism is applied to a model, never written into it; this is the only place that knows the order.
 
-    model on meta ── pipeline ── context, tensor ── recompute ── compile ─┬─ several ranks: FSDP2 ────┬─ memory
-                                                                          └─ one rank: `compute_in` ──┘
+    model on meta ── pipeline ── context, tensor ── recompute ── compile ─┬─ sharded: FSDP2 ─────────────┬─ memory
+                                                                          └─ one rank, tp: `compute_in` ─┘
 
-FSDP2 wraps units, then the rest; on one rank weights are cast when the model is called. Layers are swapped for FP8's
+FSDP2 wraps units, then the rest; elsewhere weights are cast when the model is called. Layers are swapped for FP8's
 before all of it. Compile comes after recompute, so that it sees what is computed twice, and before FSDP2, so that the
 hooks that gather weights stay outside of the compiled graphs.
 """
@@ -24,7 +24,7 @@ from moltron.layers.compiled import compile_by_row
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.collectives import world_size
 from moltron.parallel.context import enter_context, leave_context
-from moltron.parallel.mesh import build_mesh, data_mesh
+from moltron.parallel.mesh import build_mesh, data_mesh, is_sharded
 from moltron.parallel.pipeline import Pipeline, matches, pipeline_of
 from moltron.parallel.precision import DTYPES, compute_in, mixed_precision, swap_to_fp8
 from moltron.parallel.recompute import recompute_units
@@ -68,15 +68,16 @@ def parallelize(
         for glob in plan.units:
             swap_to_fp8([module for name, module in model.named_modules() if matches(name, [glob])], fp8_recipe)
         precision = "bf16"
-    if world_size() == 1 and not config.cpu_offload:
-        _prepare_blocks(model, plan, config, compile, None)
-        if precision != "fp32":
+    mesh = build_mesh(config, world_size(), device.type) if world_size() > 1 or config.cpu_offload else None
+    dtype = next(model.parameters()).dtype if precision == "fp32" else DTYPES[precision]
+    if mesh is None or not is_sharded(config, world_size()):
+        _prepare_blocks(model, plan, config, compile, mesh)
+        if precision != "fp32" or mesh is not None:
             methods = [name for name in plan.methods if hasattr(model, name)]
-            compute_in(model, DTYPES[precision], units(model, plan), ("forward", *methods))
+            compute_in(model, dtype, units(model, plan), ("forward", *methods))
         return model.to_empty(device=device)
-    mesh, parts = build_mesh(config, world_size(), device.type), [(model, model)]  # what is wrapped, what is in it
+    parts = [(model, model)]  # what is wrapped, what is in it
     if config.pp > 1:
-        dtype = next(model.parameters()).dtype if precision == "fp32" else DTYPES[precision]
         pipeline = Pipeline(model, plan, config, mesh["pp"], dtype)
         parts = [(stage, stage.model) for stage in pipeline.stages.values()]
     settings: Any = dict(

@@ -100,8 +100,9 @@ class _Layout:
         message = self.hidden * b * sum(cuts)  # hidden states between two blocks
         kept = in_flight * sum(block.kept for block in blocks)
         kept += 2 * self.hidden * b * sum(self.work.tokens[:-1])  # the memory, and what its norm read
-        if shards * copies * tp * pp == 1:
-            halves, gradients = (b * weights if b == 2 else 0), (4 * weights if self.work.compiled or packs > 1 else 0)
+        if shards * copies * pp == 1:
+            halves = b * weights if b == 2 or tp > 1 else 0
+            gradients = 4 * weights if self.work.compiled or packs > 1 else 0
             working = 0.0
         else:
             halves = b * (weights - in_blocks + 2 * largest if reshards else weights)

@@ -31,6 +31,11 @@ def mesh_shape(config: ParallelConfig, world: int) -> tuple[int, int, int, int, 
     return config.pp, config.dp_replicate, shard, config.cp, config.tp
 
 
+def is_sharded(config: ParallelConfig, world: int) -> bool:
+    """Whether FSDP2 has the weights: neither on one rank, nor where ranks of tensor parallelism are the only ones."""
+    return config.cpu_offload or any(ranks > 1 for ranks in mesh_shape(config, world)[:-1])
+
+
 def build_mesh(config: ParallelConfig, world: int, device_type: str) -> DeviceMesh:
     """dp_shard, and the other axes where they have more than one rank."""
     axes = [(n, axis) for n, axis in zip(mesh_shape(config, world), AXES) if n > 1 or axis == "dp_shard"]

@@ -1,7 +1,7 @@
 """Precision as a policy: fp32 master weights; what is gathered, computed and reduced is decided here.
 
-    several ranks    FSDP2 gathers weights in half precision (`mixed_precision`)
-    one rank         `compute_in`: the masters are cast when the model is called, and their gradients back
+    sharded          FSDP2 gathers weights in half precision (`mixed_precision`)
+    not sharded      `compute_in`: the masters are cast when the model is called, and their gradients back
     fp8              bf16, and `swap_to_fp8`: what linear layers inside of the blocks get is cast once more
 
 Statistics, softmax and losses stay in fp32 in the models themselves; no autocast anywhere.
@@ -14,10 +14,13 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from moltron.layers.fp8 import Float8Linear
+from moltron.parallel.tensor import local
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINED = (*DTYPES, "fp8")  # only training knows FP8
@@ -52,10 +55,11 @@ def mixed_precision(precision: str, reduce: str) -> MixedPrecisionPolicy:
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype, units: Iterable[nn.Module], methods: Iterable[str]) -> None:
-    """Let `model` on one device compute in `dtype`, whatever its parameters are kept in; gradients come in theirs.
+    """Let `model` compute in `dtype`, whatever its parameters are kept in; gradients come in theirs.
 
     While one of `methods` runs, every module finds copies of its weights in `dtype`, made in one kernel for each of
-    `units` and one for the rest. No hooks, no streams: unlike FSDP2's, such a step can become a CUDA graph.
+    `units` and one for the rest. No hooks, no streams: unlike FSDP2's, such a step can become a CUDA graph. Of tensor
+    parallelism's gradients, those that are sums over ranks are added up in one collective for each of `units`.
     """
     owned: set[nn.Module] = set()
     groups = []
@@ -97,20 +101,41 @@ def compute_in(model: nn.Module, dtype: torch.dtype, units: Iterable[nn.Module],
 
 
 class _Cast(torch.autograd.Function):
-    """Copies of tensors in another dtype; gradients in the dtype of the tensors."""
+    """Copies of tensors in another dtype; gradients laid out as the tensors, in their dtype."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [weight.dtype for weight in weights]
-        return _copies(weights, [dtype] * len(weights))
+        ctx.weights = weights
+        return tuple(map(_as, _copies(weights, [dtype] * len(weights)), weights))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_copies(gradients, ctx.dtypes)
+        parts = _copies(gradients, [weight.dtype for weight in ctx.weights])
+        pairs = zip(parts, gradients, ctx.weights, strict=True)
+        _add_up([x for x, g, w in pairs if isinstance(g, DTensor) and g.placements != w.placements], ctx.weights[0])
+        return None, *map(_as, parts, ctx.weights)
 
 
-def _copies(tensors: Iterable[Tensor], dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
-    tensors = list(tensors)
-    copies = [torch.empty_like(x, dtype=dtype) for x, dtype in zip(tensors, dtypes, strict=True)]
-    torch._foreach_copy_(copies, tensors)
-    return tuple(copies)
+def _copies(tensors: Iterable[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Of this rank's parts."""
+    parts = [local(x) for x in tensors]
+    copies = [torch.empty_like(x, dtype=dtype) for x, dtype in zip(parts, dtypes, strict=True)]
+    torch._foreach_copy_(copies, parts)
+    return copies
+
+
+def _as(part: Tensor, like: Tensor) -> Tensor:
+    """What this rank's part of it is, laid out as another tensor."""
+    if not isinstance(like, DTensor):
+        return part
+    settings: Any = dict(run_check=False, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(part, like.device_mesh, like.placements, **settings)
+
+
+def _add_up(tensors: list[Tensor], like: Tensor) -> None:
+    """In place, over the ranks of a DTensor's mesh."""
+    if tensors:
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat, group=like.device_mesh.get_group())  # type: ignore[attr-defined]
+        for x, total in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(total.view_as(x))

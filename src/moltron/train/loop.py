@@ -32,6 +32,7 @@ from moltron.infer.evaluate import Evaluator
 from moltron.objectives import Limits, get_objective
 from moltron.parallel import collectives
 from moltron.parallel.apply import total_norm
+from moltron.parallel.mesh import is_sharded
 from moltron.train.metrics import Meter, Sinks, peak_flops, perplexity
 from moltron.train.setup import Run, build_run, check_config
 from moltron.train.signals import StopSignal
@@ -120,7 +121,7 @@ class Trainer:
             scaler=self.scaler,
             skip_nonfinite=config.train.nonfinite == "skip",
             sync_each=config.parallel.reshard_after_forward,
-            graphs=run.compiled and collectives.world_size() == 1 and not config.parallel.cpu_offload,
+            graphs=run.compiled and not is_sharded(config.parallel, collectives.world_size()),
         )
         tokens, limits = config.batch.streams(objective.streams), config.data.limits(objective.streams)
         plan = BatchPlan(

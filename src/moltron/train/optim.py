@@ -123,7 +123,7 @@ class Optimizer:
     def zero_grad(self, keep: bool = False) -> None:
         """keep: gradients stay where they are, zeroed, for whoever writes there again (CUDA graphs)."""
         if keep:
-            torch._foreach_zero_([p.grad for p in self.names if p.grad is not None])
+            torch._foreach_zero_([local(p.grad) for p in self.names if p.grad is not None])
             return
         for parameter in self.names:
             parameter.grad = None

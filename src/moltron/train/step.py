@@ -137,7 +137,8 @@ class TrainStep:
         """scaler: fp16 only. skip_nonfinite: no update from a bad gradient, instead of stopping.
 
         sync_each: reduce gradients after each micro-batch, not once a step: slower, but only a shard is kept.
-        graphs: record packs as CUDA graphs; for one rank, and a model that reads nothing of a batch on the host.
+        graphs: record packs as CUDA graphs; for a model that FSDP2 does not shard, and that reads nothing of a batch on
+        the host.
         """
         self.model, self.loss, self.optimizer, self.device = model, loss, optimizer, device
         self.clip, self.scaler, self.skip_nonfinite, self.sync_each = clip, scaler, skip_nonfinite, sync_each
