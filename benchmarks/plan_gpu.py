@@ -1,4 +1,4 @@
-"""What `moltron plan` predicts beside what GPUs take: peak memory of the product's own training steps.
+"""What `moltron plan` predicts beside what GPUs take, and how fast they are: the product's own steps.
 
     python benchmarks/plan_gpu.py [--gpus 1 2] [--rows "esm2_650M 2 parallel.tp=2 batch.tokens=32768" …] [--output a.md]
     python benchmarks/plan_gpu.py --device cpu --tiny     # does every row run at all? few blocks, few tokens, gloo
@@ -8,8 +8,9 @@ BatchPlan → BatchLoader → TrainStep, weights drawn on the device (`init_weig
 UniRef-like random proteins or random molecules. batch.packs is one a data-parallel rank where a row does not say.
 Measured: torch.cuda.max_memory_allocated, the largest of all ranks, over `--steps` steps, of which the first compiles
 and the second is recorded (one GPU). That is what tensors take; the context, NCCL and what the allocator holds beyond
-(`reserved`) come on top. A row that runs out of memory says so, and the next goes on. With --output, the figures go to
-a .json beside it, too.
+(`reserved`) come on top. Speed: real tokens a second and GPU, the median over the steps after the third; MFU against
+the bf16 peak. A row that runs out of memory says so, and the next goes on. With --output, the figures go to a .json
+beside it, too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,7 +44,7 @@ from moltron.objectives import Limits, get_objective
 from moltron.parallel import collectives
 from moltron.parallel.apply import local, parallelize
 from moltron.parallel.mesh import is_sharded
-from moltron.parallel.precision import resolve_precision
+from moltron.parallel.precision import TRAINED, resolve_precision
 from moltron.tokenizers import get_tokenizer
 from moltron.train.optim import Optimizer
 from moltron.train.step import LossScaler, TrainStep
@@ -111,10 +113,11 @@ def run_rank(row: str, folder: Path, device_type: str, tiny: bool, steps: int) -
     collectives.share_packs(config.parallel.cp * config.parallel.tp, config.parallel.pp)
     architecture = dict(config.model)
     spec = get_spec(architecture.pop("family"))
-    made, precision = make_config(spec.name, architecture), resolve_precision(config.train.precision, device)
+    made, precision = make_config(spec.name, architecture), resolve_precision(config.train.precision, device, TRAINED)
     compiled = device.type == "cuda" and precision != "fp32" and getattr(made, "trains_compiled", True)
     whole = build_model(spec.name, architecture)
     settings: dict[str, Any] = dict(precision=precision, compile=compiled, config=config.parallel)
+    settings["fp8_recipe"] = config.train.fp8_recipe
     model = parallelize(whole, spec.plan, device, **settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -151,16 +154,23 @@ def run_rank(row: str, folder: Path, device_type: str, tiny: bool, steps: int) -
             pin=device.type == "cuda",
         )
     )
-    losses = []
+    losses, speeds, flops = [], [], 0.0
     for i in range(steps):
         data = next(stream)
-        losses.append(step(i, data.batches, data.count, 1e-4).read().loss)
+        reading = step(i, data.batches, data.count, 1e-4).read()
+        losses.append(reading.loss)
+        if i >= 3 and reading.seconds:
+            speeds.append(reading.tokens / reading.seconds / collectives.world_size())
+            flops = reading.flops / reading.tokens
+    step.close()
     collectives.barrier()
     peak = reserved = 0
     if device.type == "cuda":
         torch.cuda.synchronize()
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return dict(peak=peak, reserved=reserved, losses=losses, device=_name(device))
+    speed = statistics.median(speeds) if speeds else 0.0
+    mfu = speed * flops / gpu.PEAK
+    return dict(peak=peak, reserved=reserved, losses=losses, speed=speed, mfu=mfu, device=_name(device))
 
 
 def _name(device: torch.device) -> str:
@@ -225,10 +235,11 @@ def line(row: str, predicted: Any, result: dict[str, Any]) -> str:
     if result.get("peak"):
         measured, reserved = f"{result['peak'] / GIB:.2f}", f"{result['reserved'] / GIB:.2f}"
         error = f"{predicted.peak / result['peak'] - 1:+.1%}"
+    speed = f"{result['speed']:,.0f} | {result['mfu']:.1%}" if result.get("speed") else " | "
     seconds = f"{result['seconds']:.0f}" if "seconds" in result else ""
     return (
-        f"| {model} | {world} | {' '.join(keys)} | {parts} | {predicted.peak / GIB:.2f} | {measured} | {error} "
-        f"| {reserved} | {seconds} |"
+        f"| {model} | {world} | {' '.join(keys)} | {speed} | {parts} | {predicted.peak / GIB:.2f} | {measured} "
+        f"| {error} | {reserved} | {seconds} |"
     )
 
 
@@ -247,8 +258,9 @@ def main() -> None:
     if arguments.row:
         rank_main(arguments)
     lines = [
-        "| model | GPUs | keys | predicted, GiB by part | predicted peak | measured peak | error | reserved | s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | GPUs | keys | tok/s a GPU | MFU | predicted, GiB by part | predicted peak | measured peak | error "
+        "| reserved | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     where, records = "", []

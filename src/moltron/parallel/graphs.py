@@ -52,6 +52,10 @@ class Graphed:
         recording.graph.replay()
         return tuple(x.clone() for x in recording.outputs)
 
+    def close(self) -> None:
+        """Drop the recordings: NCCL does not leave a communicator that one of them has collectives of."""
+        self.recordings.clear()
+
     def _now(self, batch: PackedBatch, tensor: Tensor) -> tuple[Tensor, ...]:
         for layout in (batch.layout, batch.decoder_layout):
             for x in () if layout is None else (layout.cu_seqlens, layout.tiles):

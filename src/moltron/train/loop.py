@@ -162,6 +162,7 @@ class Trainer:
 
     def close(self) -> None:
         """Also after an error: what is being written is finished."""
+        self.train_step.close()
         try:
             self.run_.manager.wait()
         except CheckpointError as error:

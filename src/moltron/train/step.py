@@ -164,6 +164,11 @@ class TrainStep:
         self.optimizer.zero_grad(keep=self.graphed is not None)
         return self._pending(step, lr, torch.cat((totals, packs)), [b.records for b in batches], skipped)
 
+    def close(self) -> None:
+        """Before the process group is left."""
+        if self.graphed is not None:
+            self.graphed.close()
+
     def _count(self, batches: list[PackedBatch], targets: int, stop: bool) -> Tensor:
         """(len(GLOBAL),) float64: the sums over all ranks of what the host knows before the step; the rest is 0."""
         tokens = sum(b.num_tokens for b in batches)

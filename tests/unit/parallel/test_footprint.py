@@ -40,9 +40,9 @@ MEASURED = [
     ("esm2_3B", (8192,), None, 73.6, "fp8_h200_2026-11-26.md", {}),
     ("esm2_650M", (32768,), None, 43.6, "fp8_h200_2026-11-26.md", dict(fp8=True)),
     ("esm2_3B", (8192,), None, 65.7, "fp8_h200_2026-11-26.md", dict(fp8=True)),
-    ("esm2_650M", (16384,), None, 30.8, "layouts_h200_2026-11-26.md", dict(world=2, packs=2)),
-    ("esm2_650M", (16384,), None, 18.5, "layouts_h200_2026-11-26.md", dict(world=2, packs=4, tp=2)),
-    ("esm2_650M", (16384,), None, 30.1, "layouts_h200_2026-11-26.md", dict(world=2, packs=4, pp=2)),
+    ("esm2_650M", (16384,), None, 30.8, "layouts_h200_2026-11-26/README.md", dict(world=2, packs=2)),
+    ("esm2_650M", (16384,), None, 18.5, "layouts_h200_2026-11-26/README.md", dict(world=2, packs=4, tp=2)),
+    ("esm2_650M", (16384,), None, 30.1, "layouts_h200_2026-11-26/README.md", dict(world=2, packs=4, pp=2)),
 ]
 SIZES = dict(hidden_size=64, num_layers=3, num_heads=4, ffn_size=192)
 MODELS = {

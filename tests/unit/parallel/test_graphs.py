@@ -84,6 +84,7 @@ def compare(loader, device, precision, name, layout=None):
             with torch.no_grad():  # an evaluation in between
                 model(step.batches[0].to(device))
         assert not graphs or len([r for r in train.graphed.recordings.values() if r is not None]) >= 1
+        train.close()
         found.append((losses, {n: local(p).detach().clone() for n, p in model.named_parameters()}))
     (losses, weights), (expected, others) = found
     assert losses == expected and losses[0] != losses[-1]
