@@ -89,6 +89,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def laid_out(part: Tensor, like: Tensor, shape: tuple[int, int]) -> Tensor:
+    """This rank's part of a matrix of `shape`, as that matrix, which is sharded like `like`."""
+    if not isinstance(like, DTensor):
+        return part
+    settings: Any = dict(run_check=False, shape=shape, stride=(shape[1], 1))
+    return DTensor.from_local(part, like.device_mesh, like.placements, **settings)
+
+
 def own_part(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part of `whole`, equal on every rank, laid out as `like`: a view, without communication.
 
