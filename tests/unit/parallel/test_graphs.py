@@ -41,8 +41,11 @@ def test_few_shapes_occur(loader):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision, name", [("bf16", "adamw"), ("bf16", "muon"), ("fp16", "adamw")])
-def test_recorded_is_launched_bit_for_bit(loader, precision, name):
+@pytest.mark.parametrize(
+    "precision, name, state",
+    [("bf16", "adamw", "fp32"), ("bf16", "muon", "fp32"), ("fp16", "adamw", "fp32"), ("bf16", "adamw", "fp8")],
+)
+def test_recorded_is_launched_bit_for_bit(loader, precision, name, state):
     device = collectives.init("cuda")
     steps = [step for step, _ in zip(loader.steps(), range(8))]
     found, spec = [], get_spec("esm2")
@@ -53,7 +56,7 @@ def test_recorded_is_launched_bit_for_bit(loader, precision, name):
     for graphs in (True, False):
         model.init_weights(0, assign_full)
         model.zero_grad(set_to_none=True)
-        optimizer = Optimizer(model, spec.plan, OptimConfig(name=name, lr=1e-3), 1e-3)
+        optimizer = Optimizer(model, spec.plan, OptimConfig(name=name, state=state, lr=1e-3), 1e-3)
         scaler = LossScaler() if precision == "fp16" else None
         settings = dict(clip=1.0, scaler=scaler, skip_nonfinite=False, sync_each=False, graphs=graphs)
         train = TrainStep(model, loader.objective.loss, optimizer, device, **settings)
