@@ -75,6 +75,18 @@ def test_later_steps_are_torchs_but_for_rounding():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-3)
 
 
+def test_a_small_second_moment_beside_a_large_one_does_not_explode():
+    """Rounded to 0 it would divide a first moment that was not."""
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    optimizer = AdamWFp8([parameter], **SETTINGS)
+    for step in range(12):
+        parameter.grad = torch.full_like(parameter, 1e-6 if step < 11 else 0.0)
+        parameter.grad[:, 0] = (-1) ** step  # a small first moment, a large second one
+        before = parameter.detach().clone()
+        optimizer.step()
+    assert 0 < (parameter.detach() - before)[:, 1:].abs().max() < 2e-2
+
+
 def test_blocks_are_updated_some_at_a_time(monkeypatch):
     expected = [ours.detach() for ours, _ in both(2)]
     monkeypatch.setattr("moltron.train.optim.BLOCKS", 100)
