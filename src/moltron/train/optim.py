@@ -22,7 +22,7 @@ from moltron.layers.compiled import compile_by_row
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.apply import gather_stack, units
 from moltron.parallel.precision import BLOCK, fits_fp8
-from moltron.parallel.tensor import laid_out, local, own_part
+from moltron.parallel.tensor import local, own_part, zeros_beside
 
 NAMES = ("adamw", "muon")
 STACK = 2**26  # elements orthogonalised at once: bounds Muon's extra memory to a few times 128 MB
@@ -87,7 +87,8 @@ class AdamWFp8(torch.optim.Optimizer):
 
     The update is of fp32 moments, which are rounded after it. A moment is codes in e4m3 (Peng et al. 2023,
     arXiv:2310.18313; Xi et al. 2024, arXiv:2410.19313) and a scale a block (Dettmers et al. 2022, arXiv:2110.02861),
-    tensors sharded like the parameter. Of the second moment the root is kept, which has half the orders of magnitude.
+    tensors sharded as the parameter, and each rank updates its own part, past DTensor. Of the second moment the root is
+    kept, which has half the orders of magnitude.
     """
 
     KINDS = ("exp_avg", "exp_avg_scale", "exp_avg_sq_root", "exp_avg_sq_root_scale")
@@ -100,9 +101,9 @@ class AdamWFp8(torch.optim.Optimizer):
             shape, part = (p.shape[0], p.shape[1] // BLOCK), local(p.data)[:, ::BLOCK]
             assert local(p.data).shape[1] % BLOCK == 0, "the configuration is checked: no axis cuts a block"
             codes = (torch.zeros_like(p.data, dtype=torch.float8_e4m3fn) for _ in range(2))
-            tensors = [x for c in codes for x in (c, laid_out(torch.zeros_like(part), p, shape))]
+            tensors = [x for c in codes for x in (c, zeros_beside(p, shape, part))]
             self.state[p] = dict(zip(self.KINDS, tensors, strict=True)) | {"step": self.updates}
-        # one kernel for all past DTensor's dispatch; Triton has no e4m3 on older GPUs
+        # one kernel; older GPUs' Triton has no e4m3
         compiles = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 9)
         self.update: Any = compile_by_row(update_fp8, rows=6) if compiles else update_fp8
 
@@ -115,8 +116,7 @@ class AdamWFp8(torch.optim.Optimizer):
         changing = [torch.full((), x, device=self.device) for x in numbers]  # filled: a copy waits for the device
         for p in (p for p in group["params"] if p.grad is not None and local(p.data).numel()):
             tensors = [local(x) for x in (p.data, p.grad, *(self.state[p][kind] for kind in self.KINDS))]
-            number = tensors[0].numel() // BLOCK
-            for some in zip(*(x.view(number, -1).split(BLOCKS) for x in tensors), strict=True):
+            for some in zip(*(x.view(tensors[0].numel() // BLOCK, -1).split(BLOCKS) for x in tensors), strict=True):
                 self.update(*some, *changing, beta1, beta2, group["eps"])
 
 
