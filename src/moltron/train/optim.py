@@ -103,7 +103,7 @@ class AdamWFp8(torch.optim.Optimizer):
             codes = (torch.zeros_like(p.data, dtype=torch.float8_e4m3fn) for _ in range(2))
             tensors = [x for c in codes for x in (c, zeros_beside(p, shape, part))]
             self.state[p] = dict(zip(self.KINDS, tensors, strict=True)) | {"step": self.updates}
-        # one kernel; older GPUs' Triton has no e4m3
+        # fused; but Triton has no e4m3 for older GPUs
         compiles = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 9)
         self.update: Any = compile_by_row(update_fp8, rows=6) if compiles else update_fp8
 
