@@ -197,6 +197,7 @@ def predict(config: schema.TrainConfig, world: int, device: str = "cuda", model:
         fp8=precision == "fp8",
         compiled=compiled,
         muon=config.optim.name == "muon",
+        packed=config.optim.state == "fp8",
         length=max(config.data.limits(objective.streams)),
     )
     return footprint(model if model is not None else _model(config), spec.plan, config.parallel, world, work)
@@ -221,7 +222,7 @@ def _describe(request: Request, found: Choice, model: Any) -> str:
     each = f"{min(blocks) / GIB:.2f}" + (f" to {max(blocks) / GIB:.2f}" if max(blocks) > 1.01 * min(blocks) else "")
     notes = {
         "weights": "fp32",
-        "optimizer state": config.optim.name,
+        "optimizer state": config.optim.name + (", fp8 moments" if config.optim.state == "fp8" else ""),
         "activations": f"{len(blocks)} blocks, {each} each, recompute={config.parallel.recompute}",
         "workspace": "of the block or head in its backward",
     }

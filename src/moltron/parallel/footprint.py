@@ -21,6 +21,7 @@ from moltron.config.schema import ParallelConfig
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.mesh import AXES, mesh_shape
 from moltron.parallel.pipeline import matches, num_stages, shares_of
+from moltron.parallel.precision import BLOCK, fits_fp8
 
 CUBLAS = 2 * 2**25  # 32 MiB of workspace on each of two streams (Hopper)
 
@@ -29,6 +30,7 @@ class Work(NamedTuple):
     """What is trained. tokens: of a pack, of each stream. targets: of a pack. packs: of a rank in one step.
 
     width: bytes of a number in the blocks, 2 or 4. compiled: blocks and loss. muon: for matrices in the blocks.
+    packed: AdamW's moments of matrices are in FP8.
     fp8: compiled, a block then computes again what its products read: only casts of that go into them.
     length: tokens of the longest sequence; matters where positions are relative.
     """
@@ -39,6 +41,7 @@ class Work(NamedTuple):
     width: int = 2
     compiled: bool = True
     muon: bool = False
+    packed: bool = False
     fp8: bool = False
     length: int = 1024
 
@@ -92,6 +95,10 @@ class _Layout:
         blocks = [known[kind] for kind in kinds]
         in_blocks, largest = sum(block.parameters for block in blocks), max(block.parameters for block in blocks)
         weights = in_blocks + sum(self._parameters(name) for name in {*names} - {*units})
+        moments = 8 * weights - (4 * in_blocks if self.work.muon else 0)
+        if self.work.packed:  # two numbers of 4 bytes become two of 1, and two scales a block
+            by_adam = {*names} - {*(units if self.work.muon else ())}
+            moments -= (6 - 8 / BLOCK) * sum(self._parameters(name, fits_fp8) for name in by_adam)
         reshards = config.reshard_after_forward and pp == 1
         in_flight = self._in_flight(rank)
 
@@ -113,7 +120,7 @@ class _Layout:
         backward = max(block.widest + block.everything - block.kept for block in blocks)
         memory = {
             "weights": 4 * weights / shards,
-            "optimizer state": (8 * weights - (4 * in_blocks if self.work.muon else 0)) / shards,
+            "optimizer state": moments / shards,
             "gradients": gradients,
             "weights to compute with": halves,
             "activations": kept,
@@ -181,10 +188,10 @@ class _Layout:
     def _word(self, name: str) -> str:
         return next((word for glob, word in self.plan.tensor.items() if matches(name, [glob])), "")
 
-    def _parameters(self, name: str) -> float:
-        """On this rank, of tensor parallelism; FSDP2 shares them out further."""
+    def _parameters(self, name: str, of: Any = bool) -> float:
+        """On this rank, of tensor parallelism; FSDP2 shares them out further. of: whether it counts, by its shape."""
         modules = [(self._word(f"{name}.{sub}"), m) for sub, m in self.model.get_submodule(name).named_modules()]
-        sizes = [(word, p.numel()) for word, m in modules for p in m.parameters(recurse=False)]
+        sizes = [(word, p.numel()) for word, m in modules for p in m.parameters(recurse=False) if of(p.shape)]
         return sum(size / (self.config.tp if word.startswith(("column", "row")) else 1) for word, size in sizes)
 
     def _in_flight(self, rank: int) -> float:

@@ -3,6 +3,7 @@
     sharded          FSDP2 gathers weights in half precision (`mixed_precision`)
     not sharded      `compute_in`: the masters are cast when the model is called, and their gradients back
     fp8              bf16, and `swap_to_fp8`: what linear layers inside of the blocks get is cast once more
+    optim.state=fp8  AdamW's moments of matrices that `fits_fp8`, whatever the rest is
 
 Statistics, softmax and losses stay in fp32 in the models themselves; no autocast anywhere.
 """
@@ -25,6 +26,7 @@ from moltron.parallel.tensor import local
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINED = (*DTYPES, "fp8")  # only training knows FP8
 REDUCED = ("fp32", "bf16")  # what gradients may be added up in
+BLOCK = 64  # columns of a row whose FP8 moments share a scale
 
 
 def resolve_precision(precision: str, device: torch.device, known: Sequence[str] = tuple(DTYPES)) -> str:
@@ -34,6 +36,14 @@ def resolve_precision(precision: str, device: torch.device, known: Sequence[str]
     if precision not in known:
         raise ValueError(f"precision={precision!r} is unknown; there are: auto, {', '.join(known)}")
     return precision
+
+
+def fits_fp8(shape: Sequence[int]) -> bool:
+    """Whether optim.state=fp8 is for parameters of this shape: the whole one, so that all layouts have one state.
+
+    Not for small ones, where it would save nothing.
+    """
+    return len(shape) == 2 and shape[1] % BLOCK == 0 and shape[0] * shape[1] >= 4096
 
 
 def swap_to_fp8(blocks: Sequence[nn.Module], recipe: str) -> None:

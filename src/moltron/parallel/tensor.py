@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
@@ -87,6 +88,15 @@ def tensor_parallel(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh)
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be sharded: a view."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def zeros_beside(like: Tensor, shape: tuple[int, int], part: Tensor) -> Tensor:
+    """A matrix of `shape`, sharded as `like`, and on its device, not on the mesh's. part: as large as this rank's."""
+    if not isinstance(like, DTensor):
+        return torch.zeros_like(part)
+    settings: Any = dict(run_check=False, shape=shape, stride=(shape[1], 1))
+    on_meta = DTensor.from_local(part.to("meta"), like.device_mesh, like.placements, **settings)
+    return torch.zeros_like(on_meta, device=part.device)
 
 
 def own_part(whole: Tensor, like: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
     model ──split──> hidden matrices | other matrices | biases, norms ──Optimizer──> step(lr), state_tensors()
 
 Hidden matrices are the 2-D parameters inside the model's parallel units (its blocks). Weight decay is on matrices only;
-frozen parameters are left out. Knows nothing of schedules (it is told a rate) and of files (it hands out a flat dict of
-tensors, which a checkpoint restores in place).
+frozen parameters are left out. AdamW's moments are fp32, or of large matrices FP8. Knows nothing of schedules (it is
+told a rate) and of files (it hands out a flat dict of tensors, which a checkpoint restores in place).
+
+N blocks of B = 64 columns of a row
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from moltron.config.schema import OptimConfig
+from moltron.layers.compiled import compile_by_row
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.apply import gather_stack, units
-from moltron.parallel.tensor import local, own_part
+from moltron.parallel.precision import BLOCK, fits_fp8
+from moltron.parallel.tensor import local, own_part, zeros_beside
 
 NAMES = ("adamw", "muon")
 STACK = 2**26  # elements orthogonalised at once: bounds Muon's extra memory to a few times 128 MB
+BLOCKS = 2**17  # of FP8 moments updated at once: where nothing is compiled, they are a few times 32 MB in fp32
 
 
 class Muon(torch.optim.Muon):
@@ -77,6 +82,64 @@ def _stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield from (same[i : i + count] for i in range(0, len(same), count))
 
 
+class AdamWFp8(torch.optim.Optimizer):
+    """torch's AdamW for matrices that `fits_fp8`, with moments of 2.1 bytes a parameter, where fp32 takes 8.
+
+    The update is of fp32 moments, which are rounded after it. A moment is codes in e4m3 (Peng et al. 2023,
+    arXiv:2310.18313; Xi et al. 2024, arXiv:2410.19313) and a scale a block (Dettmers et al. 2022, arXiv:2110.02861),
+    tensors sharded as the parameter, and each rank updates its own part, past DTensor. Of the second moment the root is
+    kept, which has half the orders of magnitude.
+    """
+
+    KINDS = ("exp_avg", "exp_avg_scale", "exp_avg_sq_root", "exp_avg_sq_root_scale")
+
+    def __init__(self, parameters: Iterable[Tensor], **settings: Any):
+        """settings: lr, betas, eps, weight_decay."""
+        super().__init__(parameters, settings)
+        self.updates, self.device = torch.zeros(()), local(self.param_groups[0]["params"][0]).device
+        for p in self.param_groups[0]["params"]:
+            shape, part = (p.shape[0], p.shape[1] // BLOCK), local(p.data)[:, ::BLOCK]
+            assert local(p.data).shape[1] % BLOCK == 0, "the configuration is checked: no axis cuts a block"
+            codes = (torch.zeros_like(p.data, dtype=torch.float8_e4m3fn) for _ in range(2))
+            tensors = [x for c in codes for x in (c, zeros_beside(p, shape, part))]
+            self.state[p] = dict(zip(self.KINDS, tensors, strict=True)) | {"step": self.updates}
+        # fused; but Triton has no e4m3 for older GPUs
+        compiles = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 9)
+        self.update: Any = compile_by_row(update_fp8, rows=6) if compiles else update_fp8
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.updates += 1  # on the host; every state has it, as torch's have theirs
+        group, count = self.param_groups[0], self.updates.item()
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        numbers = (1 - lr * group["weight_decay"], lr / (1 - beta1**count), (1 - beta2**count) ** 0.5)
+        changing = [torch.full((), x, device=self.device) for x in numbers]  # filled: a copy waits for the device
+        for p in (p for p in group["params"] if p.grad is not None and local(p.data).numel()):
+            tensors = [local(x) for x in (p.data, p.grad, *(self.state[p][kind] for kind in self.KINDS))]
+            for some in zip(*(x.view(tensors[0].numel() // BLOCK, -1).split(BLOCKS) for x in tensors), strict=True):
+                self.update(*some, *changing, beta1, beta2, group["eps"])
+
+
+def update_fp8(*args: Any) -> None:
+    """AdamW's, of N blocks in place. size: lr by the first bias correction; correction: the root of the second."""
+    value_NB, grad_NB, avg_NB, avg_scale_N1, root_NB, root_scale_N1, decay, size, correction, beta1, beta2, eps = args
+    avg = (avg_NB.to(value_NB.dtype) * avg_scale_N1).lerp(grad_NB, 1 - beta1)
+    root = (beta2 * (root_NB.to(value_NB.dtype) * root_scale_N1) ** 2 + (1 - beta2) * grad_NB**2).sqrt()
+    value_NB.copy_(value_NB * decay - size * avg / (root / correction + eps))
+    quantize(avg, avg_NB, avg_scale_N1)
+    quantize(root, root_NB, root_scale_N1, least=2.0**-9)
+
+
+def quantize(x_NB: Tensor, codes_NB: Tensor, scale_N1: Tensor, least: float = 0.0) -> None:
+    """Write x / scale, rounded to e4m3 (3 bits; multiples of 2⁻⁹ below 2⁻⁶), and the scale: each largest is 448.
+
+    least: what numbers above 0 become at least, so that they are not lost where they divide.
+    """
+    scale_N1.copy_((x_NB.abs().amax(-1, keepdim=True) / 448).clamp(min=2.0**-126))
+    scaled = x_NB / scale_N1
+    codes_NB.copy_(torch.maximum(scaled, (x_NB > 0) * least) if least else scaled)
+
+
 class Optimizer:
     """All optimizers of a run behind one `step`. Memory for the state is taken at once, so that it can be restored."""
 
@@ -87,23 +150,19 @@ class Optimizer:
         hidden, matrices, vectors = split(model, plan)
         if config.name != "muon":
             matrices, hidden = hidden + matrices, []
+        packed = [p for p in matrices if config.state == "fp8" and fits_fp8(p.shape)]
+        matrices = [p for p in matrices if p not in {*packed}]
         fused = all(p.device.type in ("cpu", "cuda") for p in self.names)
-        adamw_groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        adamw = torch.optim.AdamW(
-            [g for g in adamw_groups if g["params"]],
-            lr=config.lr,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-            fused=fused,
-        )
+        groups = [(matrices, config.weight_decay), (vectors, 0.0)]
+        settings: Any = dict(lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+        adamw = torch.optim.AdamW([dict(params=p, weight_decay=d) for p, d in groups if p], fused=fused, **settings)
         self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adamw, 1.0)]
         for group in adamw.param_groups:
             for p in group["params"]:
                 step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
                 adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        if packed:
+            self.optimizers.append((AdamWFp8(packed, weight_decay=config.weight_decay, **settings), 1.0))
         if hidden:
             muon = Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=config.muon_momentum)
             muon.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in hidden})

@@ -17,7 +17,7 @@ from moltron.models.registry import architecture_problems, get_spec, make_config
 from moltron.objectives import OBJECTIVES, Objective
 from moltron.parallel.mesh import mesh_shape
 from moltron.parallel.pipeline import SCHEDULES, num_stages, splits_backward
-from moltron.parallel.precision import REDUCED, TRAINED
+from moltron.parallel.precision import BLOCK, REDUCED, TRAINED, fits_fp8
 from moltron.parallel.recompute import MODES as RECOMPUTE
 from moltron.tokenizers import get_tokenizer
 from moltron.train import optim, schedule
@@ -89,6 +89,7 @@ def validate(config: TrainConfig, world: int) -> list[str]:
     problems += [f"{key}={value} must be in [0, 1)" for key, value in below_1.items() if not 0 <= value < 1]
     choices = {
         "optim.name": (o.name, optim.NAMES),
+        "optim.state": (o.state, ("fp32", "fp8")),
         "optim.schedule.name": (s.name, schedule.NAMES),
         "train.precision": (t.precision, ("auto", *TRAINED)),
         "train.fp8_recipe": (t.fp8_recipe, fp8.RECIPES),
@@ -176,12 +177,16 @@ def _model_problems(config: TrainConfig) -> list[str]:
 
 def _cut_problems(config: TrainConfig, model_config: Any, objective: type[Objective]) -> list[str]:
     """What tensor, context and pipeline parallelism cannot cut."""
-    pp, tp, cp = config.parallel.pp, config.parallel.tp, config.parallel.cp
+    pp, tp, cp, hidden = config.parallel.pp, config.parallel.tp, config.parallel.cp, model_config.hidden_size
     if max(pp, tp, cp) < 2:
         return []
     cut = {"model.num_heads": (model_config.num_heads, tp), "model.ffn_size": (model_config.ffn_size, tp)}
     tokens = dict(zip(("batch.tokens", "batch.decoder_tokens"), config.batch.streams(objective.streams), strict=False))
     cut |= {key: (size, tp * cp if key == "batch.tokens" else tp) for key, size in tokens.items()}
+    width = model_config.num_heads * (getattr(model_config, "head_dim", 0) or hidden // model_config.num_heads)
+    for key, size in (("attention's width", width), ("model.ffn_size", model_config.ffn_size)):  # of matrices cut there
+        if (config.optim.name, config.optim.state) == ("adamw", "fp8") and fits_fp8((hidden, size)):
+            cut[f"optim.state=fp8: {key} / {BLOCK}"] = (size // BLOCK, tp)
     asked = f"parallel.tp={tp}" + (f" × cp={cp}" if cp > 1 else "")
     problems = [
         f"{key}={size} cannot be shared equally by {asked} ranks" for key, (size, n) in cut.items() if size % max(n, 1)

@@ -8,10 +8,11 @@ import pytest
 
 
 @pytest.mark.gpu
-def test_offloaded_is_not_offloaded(arguments, read_lines, tmp_path):
+@pytest.mark.parametrize("moments", [(), ("optim.state=fp8", "model.hidden_size=64")])
+def test_offloaded_is_not_offloaded(arguments, read_lines, tmp_path, moments):
     lines, peaks = {}, {}
     for name, keys in {"here": (), "there": ("parallel.cpu_offload=true",)}.items():
-        keys = ("train.device=cuda", "train.precision=bf16", "train.log_every=1", *keys)
+        keys = ("train.device=cuda", "train.precision=bf16", "train.log_every=1", *moments, *keys)
         command = [sys.executable, "-m", "moltron", "train", *arguments(tmp_path / name, *keys)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr

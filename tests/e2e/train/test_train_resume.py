@@ -63,6 +63,19 @@ def test_sigterm_then_kill_then_a_torn_line(tmp_path, arguments, tiny_config, re
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
+def test_moments_in_fp8_go_on_bit_for_bit(tmp_path, tiny_config, read_lines, read_state):
+    keys = ("optim.state=fp8", "model.hidden_size=64", "optim.schedule.decay_steps=20", "checkpoint.every=3")
+    for run, ends in (("undisturbed", (8,)), ("resumed", (4, 8))):
+        for end in ends:
+            train(tiny_config(tmp_path / run, *keys, f"train.max_steps={end}"))
+    (*_, state), (*_, expected) = (read_state(tmp_path / run) for run in ("resumed", "undisturbed"))
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in expected.values()) > 8
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name].double(), expected[name].double()) for name in expected)
+    losses = [[line["train_loss"] for line in read_lines(tmp_path / run)] for run in ("resumed", "undisturbed")]
+    assert losses[0] == losses[1]
+
+
 def test_a_second_command_is_kept_out_of_a_run_that_goes_on(tmp_path, arguments, tiny_config, read_lines):
     run_dir = tmp_path / "run"
     with subprocess.Popen(with_signal(7, signal.SIGSTOP, arguments(run_dir)), stderr=subprocess.DEVNULL) as first:
@@ -114,10 +127,12 @@ def short_run(tmp_path, tiny_config):
 
 def test_another_configuration_is_refused_with_all_differences(short_run, tiny_config):
     with pytest.raises(ConfigError) as error:
-        train(tiny_config(short_run, "optim.lr=1e-4", "model.num_layers=3", "objective.select=0.2", "batch.packs=2"))
+        others = ("model.num_layers=3", "objective.select=0.2", "batch.packs=2", "optim.state=fp8")
+        train(tiny_config(short_run, "optim.lr=1e-4", *others))
     text = str(error.value)
     for key in ("optim.lr: 0.003 → 0.0001", "model.num_layers: 2 → 3", "objective.select", "batch.packs: 4 → 2"):
         assert key in text
+    assert "optim.state: fp32 → fp8" in text
     assert f"init={short_run}" in text
 
 

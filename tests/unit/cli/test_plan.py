@@ -83,6 +83,11 @@ def test_what_is_given_stays(capsys):
     assert re.search(rf"tensors +{tensors:.2f} ", shown)
 
 
+def test_moments_in_fp8_are_counted(capsys):
+    _, shown, _ = run(capsys, "esm2_650M", "--gpus", "1", "--memory", "80", "optim.state=fp8")
+    assert re.search(r"optimizer state +1\.29 +adamw, fp8 moments", shown)  # fp32: 4.85
+
+
 def test_a_given_layout_that_does_not_fit_is_predicted_all_the_same(capsys):
     code, shown, _ = run(capsys, "esm2_650M", "--gpus", "1", "--memory", "40", "batch.tokens=32768", "parallel.pp=1")
     assert code == 1 and "does not fit" in shown and re.search(r"tensors +5[78]\.", shown)

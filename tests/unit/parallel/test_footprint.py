@@ -10,7 +10,7 @@ import yaml
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
-from moltron.config.schema import ObjectiveConfig, ParallelConfig
+from moltron.config.schema import ObjectiveConfig, OptimConfig, ParallelConfig
 from moltron.models.batch import PackedBatch
 from moltron.models.registry import build_model, get_spec
 from moltron.objectives import get_objective
@@ -19,6 +19,7 @@ from moltron.parallel.apply import assign_full, compile_units, parallelize, unit
 from moltron.parallel.footprint import Footprint, Work, footprint
 from moltron.parallel.recompute import recompute_units
 from moltron.tokenizers import get_tokenizer
+from moltron.train.optim import Optimizer
 
 GIB = 2**30
 CONFIGS = Path(__file__).parents[3] / "src/moltron/configs/model"
@@ -227,6 +228,26 @@ def test_memory_is_divided_as_the_axes_say():
     assert full.peak < every_second.peak < alone.peak
     muon = predict("esm2_650M", muon=True, **work)
     assert muon.memory["optimizer state"] == pytest.approx(8 * 651e6 - 4 * 649e6, rel=0.01)
+    packed = predict("esm2_650M", packed=True, **work)
+    assert packed.memory["optimizer state"] == pytest.approx((2 + 8 / 64) * 651e6, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("family", MODELS)
+def test_fp8_moments_are_counted_to_the_byte(family, name):
+    model, plan = build_model(family, MODELS[family], "cpu"), get_spec(family).plan
+    state = Optimizer(model, plan, OptimConfig(name=name, state="fp8"), 1.0).state_tensors()
+    held = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    whole = build_model(family, MODELS[family])
+    tokens = (TOKENS,) if len(plan.units) == 1 else (TOKENS, SECOND)
+    predicted = [
+        footprint(whole, plan, ParallelConfig(), 1, Work(tokens, 64, 1, muon=name == "muon", packed=packed))
+        for packed in (True, False)
+    ]
+    plain = Optimizer(model, plan, OptimConfig(name=name), 1.0).state_tensors()
+    in_fp32 = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
+    saved = [found.memory["optimizer state"] for found in predicted]
+    assert saved[1] - saved[0] == in_fp32 - held > 0
 
 
 def test_gradients_of_several_packs_are_whole_unless_weights_are_resharded():

@@ -49,9 +49,12 @@ def test_few_shapes_occur(loader):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision, name", [("bf16", "adamw"), ("bf16", "muon"), ("fp16", "adamw")])
-def test_recorded_is_launched_bit_for_bit(loader, precision, name):
-    compare(loader, collectives.init("cuda"), precision, name)
+@pytest.mark.parametrize(
+    "precision, name, state",
+    [("bf16", "adamw", "fp32"), ("bf16", "muon", "fp32"), ("fp16", "adamw", "fp32"), ("bf16", "adamw", "fp8")],
+)
+def test_recorded_is_launched_bit_for_bit(loader, precision, name, state):
+    compare(loader, collectives.init("cuda"), precision, name, state)
 
 
 @pytest.mark.gpu
@@ -63,7 +66,7 @@ def test_so_is_tensor_parallelism(ranks_of, tmp_path):
     assert all("equal" in output for output in outputs)
 
 
-def compare(loader, device, precision, name, layout=None):
+def compare(loader, device, precision, name, state, layout=None):
     steps = [step for step, _ in zip(loader.steps(), range(8))]
     found, spec = [], get_spec("esm2")
     loader.objective.compile()
@@ -74,7 +77,7 @@ def compare(loader, device, precision, name, layout=None):
     for graphs in (True, False):
         model.init_weights(0, assign_full)
         model.zero_grad(set_to_none=True)
-        optimizer = Optimizer(model, spec.plan, OptimConfig(name=name, lr=1e-3), 1e-3)
+        optimizer = Optimizer(model, spec.plan, OptimConfig(name=name, state=state, lr=1e-3), 1e-3)
         scaler = LossScaler() if precision == "fp16" else None
         settings = dict(clip=1.0, scaler=scaler, skip_nonfinite=False, sync_each=False, graphs=graphs)
         train = TrainStep(model, loader.objective.loss, optimizer, device, **settings)
@@ -96,6 +99,6 @@ if __name__ == "__main__":  # one of two ranks
     own = Path(sys.argv[1 + collectives.rank()])
     own.mkdir()
     collectives.share_packs(2)
-    compare(loader_in(own), on, "bf16", "adamw", ParallelConfig(tp=2))
+    compare(loader_in(own), on, "bf16", "adamw", "fp32", ParallelConfig(tp=2))
     print("equal")
     collectives.shutdown()

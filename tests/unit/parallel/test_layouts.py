@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -35,6 +36,7 @@ ESM1B = SIZES | dict(vocab_size=33, token_dropout=True, embed_norm=True, contact
 XL = TWO | dict(num_layers=4, architecture="t5", head_dim=16, relative_buckets=8, relative_reach=20, tokenizer="prott5")
 MODELS = {  # family, architecture, tokenizer, objective
     "esm2": ("esm2", SIZES, "esm2", "masked_lm"),
+    "wide": ("esm2", SIZES | dict(hidden_size=128, num_layers=2, ffn_size=256), "esm2", "masked_lm"),
     "esm1b": ("esm1", ESM1B | dict(tokenizer="esm2"), "esm2", "masked_lm"),
     "megamolbart": ("megamolbart", TWO, "megamolbart", "denoising"),
     "prott5nv": ("prott5", TWO, "prott5nv", "span_corruption"),
@@ -82,6 +84,9 @@ THREE = {"dp_shard 3": {}, "dp_replicate 3": dict(dp_replicate=3)}  # four packs
 SIX = {"dp_shard 3, tp 2": dict(tp=2), "dp_shard 3, cp 2": dict(cp=2)}
 ALL = LAYOUTS | SPLIT | EIGHT | SPLIT_EIGHT | THREE | SIX
 MUON = ["dp_shard 4", "dp_replicate 2, tp 2", "cp 2, tp 2", "pp 2, dp_shard 2"]
+FP8 = ["dp_shard 4", "dp_shard 2, tp 2", "pp 2, tp 2"]  # of moments
+FP8_PAIRS = [*permutations(FP8, 2)]
+OPTIMIZERS = {"adamw": {}, "muon": dict(name="muon"), "fp8": dict(state="fp8")}
 BOTH = ("esm2", "megamolbart")
 EVERYDAY = [(name, layout) for name in BOTH for layout in LAYOUTS]
 EVERYDAY += [("esm2", "pp 2, dp_shard 2, zbv"), ("megamolbart", "pp 2, tp 2, zero bubble")]
@@ -123,7 +128,7 @@ def trained(name, layout, optimizer_name, folder=None):
     model = build_model(family, architecture).double()
     parallelize(model, spec.plan, device, precision="fp32", compile=False, config=config)
     model.init_weights(0, assign_full)
-    optimizer = Optimizer(model, spec.plan, OptimConfig(name=optimizer_name, lr=1e-2, muon_lr=1e-2), 1e-2)
+    optimizer = Optimizer(model, spec.plan, OptimConfig(**OPTIMIZERS[optimizer_name], lr=1e-2, muon_lr=1e-2), 1e-2)
     objective, _ = packs(name, 0)
     settings = dict(clip=1.0, scaler=None, skip_nonfinite=False, sync_each=config.reshard_after_forward)
     step, numbers = TrainStep(model, in_double(objective.loss), optimizer, device, **settings), []
@@ -157,17 +162,19 @@ def state_of(model, optimizer, copies=True):
     return Run.tensors(SimpleNamespace(model=model, optimizer=optimizer), copies)
 
 
-def restored(name, layout, folder):
-    """The whole weights that a layout reads from another's checkpoint."""
+def restored(name, layout, folder, optimizer_name="adamw"):
+    """The whole weights and moments that a layout (None: each process alone) reads from another's checkpoint."""
     family, architecture, *_ = MODELS[name]
-    spec, config = get_spec(family), ParallelConfig(**layout)
-    model = build_model(family, architecture).double()
-    parallelize(model, spec.plan, torch.device("cpu"), precision="fp32", compile=False, config=config)
-    optimizer = Optimizer(model, spec.plan, OptimConfig(), 1e-2)
+    spec, model = get_spec(family), build_model(family, architecture, "cpu" if layout is None else "meta").double()
+    if layout is not None:
+        config = ParallelConfig(**layout)
+        parallelize(model, spec.plan, torch.device("cpu"), precision="fp32", compile=False, config=config)
+    optimizer = Optimizer(model, spec.plan, OptimConfig(**OPTIMIZERS[optimizer_name]), 1e-2)
     manager = CheckpointManager(folder)
     state = state_of(model, optimizer)
     manager.restore(manager.find_latest(), state)
-    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in state.items()}
+    wide = {n: p.double() if p.element_size() == 1 else p for n, p in state.items()}  # gloo knows no FP8
+    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in wide.items()}
 
 
 def furthest(found, expected):
@@ -186,7 +193,7 @@ def on_rank(folder):
     cases = json.loads((folder / "cases.json").read_text())
     for name, optimizer, layout in cases:
         expected = torch.load(folder / f"{name} {optimizer}.pt", weights_only=True)
-        saves = folder / f"{name} {layout}" if (name, optimizer) == ("esm2", "adamw") else None
+        saves = folder / f"{name} {layout}" if (name, optimizer) in (("esm2", "adamw"), ("wide", "fp8")) else None
         numbers, weights = trained(name, ALL[layout], optimizer, saves)
         wrong = [abs(a - b) / abs(b) for a, b in zip(numbers, expected["numbers"], strict=True)]
         results[f"{name}, {optimizer}, {layout}"] = max(wrong), furthest(weights, expected["weights"])
@@ -200,6 +207,10 @@ def on_rank(folder):
             if saved not in wholes:
                 wholes[saved] = restored("esm2", LAYOUTS["dp_shard 4"], folder_of)
             results[f"{saved} → {layout}"] = 0.0, furthest(restored("esm2", ALL[layout], folder_of), wholes[saved])
+    if ["wide", "fp8", FP8[0]] in cases:
+        for saved, layout in FP8_PAIRS:
+            whole, parts = (restored("wide", x, folder / f"wide {saved}", "fp8") for x in (None, LAYOUTS[layout]))
+            results[f"{saved} → {layout}, fp8"] = 0.0, furthest(parts, whole)
     if collectives.rank() == 0:
         print(json.dumps(results))
     collectives.shutdown()
@@ -301,6 +312,23 @@ def test_muon_too(results, layout):
     """Its iteration runs in fp32 here, in bf16 on a GPU."""
     numbers, weights = results[f"esm2, muon, {layout}"]
     assert numbers < 1e-3 and weights < 5e-3
+
+
+@pytest.fixture(scope="module")
+def results_of_fp8():
+    return spawned([("wide", "fp8", layout) for layout in FP8])
+
+
+@pytest.mark.parametrize("layout", FP8)
+def test_moments_in_fp8_too(results_of_fp8, layout):
+    """All is computed in float64, so no number comes to the other side of where rounding goes up."""
+    numbers, weights = results_of_fp8[f"wide, fp8, {layout}"]
+    assert numbers < 1e-6 and weights < 1e-6
+
+
+@pytest.mark.parametrize(("saved", "layout"), FP8_PAIRS)
+def test_moments_in_fp8_are_saved_here_and_loaded_there(results_of_fp8, saved, layout):
+    assert results_of_fp8[f"{saved} → {layout}, fp8"][1] == 0.0
 
 
 @pytest.mark.parametrize(("saved", "layout"), PAIRS)

@@ -6,14 +6,14 @@ from torch import nn
 
 from moltron.config.schema import OptimConfig
 from moltron.models.registry import build_model, get_spec
-from moltron.train.optim import Muon, Optimizer, split
+from moltron.train.optim import AdamWFp8, Muon, Optimizer, split
 
 ARCHITECTURE = dict(hidden_size=16, num_layers=2, num_heads=2, ffn_size=40)
 PLAN = get_spec("esm2").plan
 
 
-def tiny():
-    model = build_model("esm2", ARCHITECTURE, "cpu")
+def tiny(**sizes):
+    model = build_model("esm2", ARCHITECTURE | sizes, "cpu")
     model.init_weights(0)
     return model
 
@@ -37,10 +37,13 @@ def test_split_names_every_trained_parameter_once():
     assert hidden | matrices | vectors == {n for n in names.values() if not n.startswith("contact_head")}
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_weight_decay_is_on_matrices_only(name):
-    model = tiny()
-    optimizer = Optimizer(model, PLAN, OptimConfig(name=name, weight_decay=0.5), peak=1.0)
+OPTIMIZERS = [("adamw", "fp32"), ("muon", "fp32"), ("adamw", "fp8"), ("muon", "fp8")]
+
+
+@pytest.mark.parametrize(("name", "state"), OPTIMIZERS)
+def test_weight_decay_is_on_matrices_only(name, state):
+    model = tiny(hidden_size=64)
+    optimizer = Optimizer(model, PLAN, OptimConfig(name=name, state=state, weight_decay=0.5), peak=1.0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for p in optimizer.parameters:
         p.grad = torch.zeros_like(p)
@@ -79,10 +82,10 @@ def test_muon_stacks_are_bounded(monkeypatch):
     test_muon_is_torchs_muon()
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_state_restores_in_place(name):
-    config = OptimConfig(name=name)
-    models = [tiny(), tiny()]
+@pytest.mark.parametrize(("name", "state_dtype"), OPTIMIZERS)
+def test_state_restores_in_place(name, state_dtype):
+    config = OptimConfig(name=name, state=state_dtype)
+    models = [tiny(hidden_size=64), tiny(hidden_size=64)]
     a, b = (Optimizer(m, PLAN, config, peak=4e-4) for m in models)
     for seed in range(3):
         set_gradients(models[0], seed)
@@ -101,5 +104,6 @@ def test_state_restores_in_place(name):
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p, q)
     kinds = {key.split(".")[1] for key in state}
-    assert kinds == {"exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if name == "muon" else set())
+    expected = {"exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if name == "muon" else set())
+    assert kinds == expected | (set(AdamWFp8.KINDS) if state_dtype == "fp8" else set())
     assert not any("contact_head" in key for key in state)

@@ -38,6 +38,7 @@ def test_the_defaults_are_valid(config):
         ("train", "fp8_recipe", "row", "train.fp8_recipe=row is unknown: choose one of tensorwise, rowwise"),
         ("train", "nonfinite", "go", "train.nonfinite=go is unknown"),
         ("optim", "name", "adam", "optim.name=adam is unknown: choose one of adamw, muon"),
+        ("optim", "state", "int8", "optim.state=int8 is unknown: choose one of fp32, fp8"),
         ("optim", "lr", float("nan"), "optim.lr=nan must be greater than 0"),
         ("optim", "betas", (0.9, 1.0), "optim.betas[1]=1.0 must be in [0, 1)"),
         ("optim", "weight_decay", -1, "optim.weight_decay=-1 must not be negative"),
@@ -72,6 +73,22 @@ def test_what_is_cut_does_not_decode(config, axis):
     setattr(config.parallel, axis, 2)
     assert validate(config, world=2) == [f"parallel.{axis}=2: decoding is not cut: set train.eval_molecules=0"]
     setattr(config.parallel, axis, 1)
+    assert validate(config, world=2) == []
+
+
+def test_no_axis_cuts_a_block_of_fp8_moments(config):
+    config.model, config.optim.state, config.parallel.tp = {**MODEL, "hidden_size": 128, "ffn_size": 192}, "fp8", 2
+    assert validate(config, world=2) == [
+        "optim.state=fp8: model.ffn_size / 64=3 cannot be shared equally by parallel.tp=2 ranks"
+    ]
+    config.model |= {"hidden_size": 320, "ffn_size": 256}
+    assert validate(config, world=2) == [
+        "optim.state=fp8: attention's width / 64=5 cannot be shared equally by parallel.tp=2 ranks"
+    ]
+    config.model |= {"hidden_size": 200, "ffn_size": 64 * 5 - 2}  # in fp32 then
+    assert validate(config, world=2) == []
+    config.model |= {"hidden_size": 320, "ffn_size": 320}
+    config.optim.name = "muon"  # it has these matrices
     assert validate(config, world=2) == []
 
 
