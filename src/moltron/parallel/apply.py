@@ -83,13 +83,14 @@ def parallelize(
     settings: Any = dict(
         mesh=data_mesh(mesh),
         mp_policy=mixed_precision(precision, config.reduce_dtype),
-        reshard_after_forward=config.reshard_after_forward,
         **({"offload_policy": CPUOffloadPolicy()} if config.cpu_offload else {}),
     )
     for root, part in parts:
         _prepare_blocks(part, plan, config, compile, mesh)
         for module in (*units(part, plan), root):
-            fully_shard(module, **settings)
+            # what is around the units is small, and torch 2.11 would not gather it again: a model returns a dataclass
+            again = config.reshard_after_forward and module is not root
+            fully_shard(module, reshard_after_forward=again, **settings)
             for method in (name for name in plan.methods if hasattr(module, name)):
                 register_fsdp_forward_method(module, method)
         root.to_empty(device="cpu" if config.cpu_offload else device)
