@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs")]
+pytestmark = pytest.mark.multi_gpu
 KEYS = ("train.device=cuda", "train.precision=bf16", "train.log_every=1", "model.hidden_size=128", "batch.tokens=256")
 LAYOUTS = {
     "sharded": (),

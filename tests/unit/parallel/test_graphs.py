@@ -57,8 +57,7 @@ def test_recorded_is_launched_bit_for_bit(loader, precision, name, state):
     compare(loader, collectives.init("cuda"), precision, name, state)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs")
+@pytest.mark.multi_gpu
 def test_so_is_tensor_parallelism(ranks_of, tmp_path):
     folders = tmp_path / "0", tmp_path / "1"
     with ranks_of(__file__, *map(str, folders)) as outputs:
