@@ -271,7 +271,8 @@ class Pipeline:
         parallelism as well; before and behind them it is whole.
         """
         if i == self.num_stages:
-            return (torch.empty(1, device="meta", requires_grad=True),)
+            dtype = torch.promote_types(torch.float32, self.dtype)
+            return (torch.empty(1, dtype=dtype, device="meta", requires_grad=True),)
         tokens = [len(ids) for ids in (batch.ids, batch.decoder_ids) if ids is not None] if i else []
         for stream, glob in enumerate(self.plan.units[: len(tokens)]):
             if matches(self.shares[i][0], [glob]) and not self.shares[i][0].endswith(".0"):
