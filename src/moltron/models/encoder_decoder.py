@@ -21,20 +21,26 @@ from moltron.layers.layout import Layout
 from moltron.layers.stacks import Cache, DecoderBlock, EncoderBlock, Stack, Style
 from moltron.models.batch import Output, PackedBatch
 from moltron.models.encoder import MissingHead, copy_value, pad_to
-from moltron.models.spec import block_plan
+from moltron.models.spec import ParallelPlan, block_plan
 
-TENSOR = {  # of a ParallelPlan, for both families
-    "embed": "replicate",
-    "embed_positions": "replicate",
-    "encoder.layers.0": "scatter tokens",
-    "decoder.layers.0": "scatter tokens",
-    **block_plan("encoder.layers.*"),
-    **block_plan("decoder.layers.*", crosses=True),
-    "encoder.norm": "norm, gather tokens",
-    "decoder.norm": "norm, gather tokens",
-    "head": "replicate",
-}
-STAGES = ("embed", "embed_positions", "encoder.layers.*", "encoder.norm", "decoder.layers.*", "decoder.norm", "head")
+PLAN = ParallelPlan(  # of a family without relative positions
+    units=("encoder.layers.*", "decoder.layers.*"),
+    compiled=("encoder.norm", "decoder.norm", "head"),
+    methods=("encode", "start", "step"),
+    tensor={
+        "embed": "replicate",
+        "embed_positions": "replicate",
+        "encoder.layers.0": "scatter tokens",
+        "decoder.layers.0": "scatter tokens",
+        **block_plan("encoder.layers.*"),
+        **block_plan("decoder.layers.*", crosses=True),
+        "encoder.norm": "norm, gather tokens",
+        "decoder.norm": "norm, gather tokens",
+        "head": "replicate",
+    },
+    context=("encoder.layers.0", "encoder.norm"),
+    stages=("embed", "embed_positions", "encoder.layers.*", "encoder.norm", "decoder.layers.*", "decoder.norm", "head"),
+)
 
 
 class Head(nn.Module):
