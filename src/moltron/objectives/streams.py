@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moltron.common import rng
 from moltron.config.schema import ObjectiveConfig
 from moltron.layers.compiled import compile_by_row
 from moltron.layers.losses import IGNORE, cross_entropy_sum
@@ -102,6 +103,20 @@ def surround(ids: np.ndarray, lengths: np.ndarray, prefix: tuple[int, ...], suff
 def within(lengths: np.ndarray) -> np.ndarray:
     """0, 1, 2 … within each of the sequences that lie end to end."""
     return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def smallest(bits: rng.U64, lengths: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Indices, ascending, of the `count` smallest of each sequence's bits (the upper 24; ties in order of place)."""
+    sequence, upper = np.repeat(np.arange(len(lengths), dtype=np.uint64), lengths), bits >> np.uint64(40)
+    if max(len(bits), len(lengths)) > 2**20:
+        order = np.lexsort((upper, sequence))
+    else:  # 20 bits sequence, 24 random, 20 place: one sort of numbers, 10 times as fast
+        keys = sequence << np.uint64(44) | upper << np.uint64(20) | np.arange(len(bits), dtype=np.uint64)
+        keys.sort()
+        order = (keys & np.uint64(2**20 - 1)).astype(np.int64)
+    chosen = np.zeros(len(bits), dtype=bool)
+    chosen[order[within(lengths) < np.repeat(count, lengths)]] = True
+    return np.flatnonzero(chosen)
 
 
 def two_streams(
