@@ -188,12 +188,6 @@ class Store:
         crops = [self._view[a:b] for a, b in zip(begins.tolist(), (begins + lengths).tolist())]
         return np.frombuffer(bytearray().join(crops), dtype=np.uint8)
 
-    def sequence(self, row: int) -> bytes:
-        """The text of one record."""
-        self._check_rows(np.array([row]))
-        batch = int(np.searchsorted(self._first, row, side="right")) - 1
-        return self._batches[batch].column(1)[row - int(self._first[batch])].as_buffer().to_pybytes()
-
     def _check_rows(self, rows: np.ndarray) -> None:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"{self.path} has rows 0 … {len(self) - 1}, not {rows.min()} … {rows.max()}")
