@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from moltron.common.manifest import fsync, read_json, sha256_file, write_json
+from moltron.common.manifest import read_json, sha256_file, staged_file, write_json
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20  # numbers written at a time
@@ -237,13 +238,10 @@ class Store:
     def _build_index(self, files: list[Path], base: int) -> None:
         files[0].parent.mkdir(parents=True, exist_ok=True)
         for part, (file, kind) in enumerate(zip(files, ("<i8", "<i4"))):
-            partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
-            with open(partial, "wb") as handle:
+            with staged_file(file) as partial, open(partial, "wb") as handle:
                 _npy_header(handle, kind, len(self))
                 for spans in self._spans(base):
                     handle.write(spans[part].astype(kind, copy=False).data)
-            fsync(partial)
-            os.replace(partial, file)
 
 
 class _Trust:
@@ -287,11 +285,9 @@ class _Trust:
 
     def save(self) -> None:
         if self._known != self._before:
-            try:
+            with suppress(OSError):  # read-only: every opening hashes again
                 self._stamp.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self._stamp, self._known)
-            except OSError:
-                pass  # read-only: every opening hashes again
 
 
 def _state(file: Path) -> list[int]:

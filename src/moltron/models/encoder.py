@@ -72,10 +72,8 @@ class Encoder(nn.Module):
             self.contact_head = nn.Linear(config.num_layers * config.num_heads, 1).requires_grad_(False)
 
     def init_weights(self, seed: int, assign: Callable[[nn.Parameter, Tensor], None] = copy_value) -> None:
-        c = self.config
-        init_by_name(
-            self, seed=seed, std=c.init_std, depths={"layers.": c.num_layers}, vocab_size=c.vocab_size, assign=assign
-        )
+        c, depths = self.config, {"layers.": self.config.num_layers}
+        init_by_name(self, seed=seed, std=c.init_std, depths=depths, vocab_size=c.vocab_size, assign=assign)
 
     def embed_tokens(self, batch: PackedBatch) -> Tensor:
         """(T, D) that enters the first block; a family with more in its embedding adds it."""
@@ -108,9 +106,8 @@ class Encoder(nn.Module):
         """Training FLOPs of the real tokens: 3·(24·L·h²·Σ len + 4·L·h·Σ len²) (design/performance.md)."""
         c = self.config
         lengths = np.array(batch.layout.lengths[: batch.num_sequences], dtype=np.float64)
-        return (
-            3 * c.num_layers * c.hidden_size * float(24 * c.hidden_size * lengths.sum() + 4 * np.square(lengths).sum())
-        )
+        a_layer = 24 * c.hidden_size**2 * lengths.sum() + 4 * c.hidden_size * np.square(lengths).sum()
+        return 3 * c.num_layers * float(a_layer)
 
 
 def token_dropout_scale(batch: PackedBatch, mask_id: int, train_ratio: float = 0.15 * 0.8) -> Tensor:

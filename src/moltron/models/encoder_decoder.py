@@ -133,21 +133,16 @@ class EncoderDecoder(nn.Module):
         memory_TD: what `encode` gave, or something near it. capacity: the most tokens that will be fed to `step`.
         """
         if self.embed_positions is not None and capacity > self.config.max_positions:
-            raise ValueError(
-                f"{capacity} tokens to decode, but the model has positions for {self.config.max_positions}"
-            )
-        decoder = self.decoder or self._no_decoder()
-        return decoder.start(
-            memory_TD, layout, capacity, len(layout.lengths) if num_sequences is None else num_sequences
-        )
+            limit = self.config.max_positions
+            raise ValueError(f"{capacity} tokens to decode, but the model has positions for {limit}")
+        count = len(layout.lengths) if num_sequences is None else num_sequences
+        return (self.decoder or self._no_decoder()).start(memory_TD, layout, capacity, count)
 
     @torch.no_grad()
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """(B, V): logits of the token after `ids_B`, the next one of each sequence; the cache grows by it."""
         if cache.length == cache.capacity:
-            raise ValueError(
-                f"the cache has room for {cache.capacity} tokens, and these are decoded: start a larger one"
-            )
+            raise ValueError(f"the cache's {cache.capacity} tokens are decoded: start a larger one")
         positions = torch.full_like(ids_B, cache.length)
         return self.logits((self.decoder or self._no_decoder()).step(self._embed(ids_B, positions), cache))
 

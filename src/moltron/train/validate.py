@@ -143,25 +143,20 @@ def _model_problems(config: TrainConfig) -> list[str]:
     if kind.streams == 2 and not model_config.num_decoder_layers:
         problems.append(f"model.num_decoder_layers=0: {config.objective.name} trains a decoder")
     end = model_config.max_positions if model_config.positions_end else None
-    for key, length in zip(("data.max_length", "data.decoder_max_length"), config.data.limits(kind.streams)):
+    keys = ("batch.tokens", "data.max_length"), ("batch.decoder_tokens", "data.decoder_max_length")
+    sizes = zip(config.batch.streams(kind.streams), config.data.limits(kind.streams), strict=True)
+    for (pack, sequence), (tokens, length) in zip(keys, sizes):
         if end is not None and length > end:
-            problems.append(
-                f"{key}={length} > model.max_positions={end}: lower {key}, or raise model.max_positions (new weights "
-                "only)"
-            )
-    for key, tokens, length in zip(
-        ("tokens", "decoder_tokens"), config.batch.streams(kind.streams), config.data.limits(kind.streams)
-    ):
+            remedy = f"lower {sequence}, or raise model.max_positions (new weights only)"
+            problems.append(f"{sequence}={length} > model.max_positions={end}: {remedy}")
         if 0 < tokens < length:
-            of_sequence = "data.max_length" if key == "tokens" else "data.decoder_max_length"
-            problems.append(f"batch.{key}={tokens} < {of_sequence}={length}: raise batch.{key} or lower {of_sequence}")
+            problems.append(f"{pack}={tokens} < {sequence}={length}: raise {pack} or lower {sequence}")
     problems += _cut_problems(config, model_config, kind)
     if config.train.precision == "fp8":
         problems += _fp8_problems(config, model_config, kind)
     if config.data.max_length <= tokenizer.num_specials:
-        problems.append(
-            f"data.max_length={config.data.max_length} leaves no residue beside {tokenizer.num_specials} special tokens"
-        )
+        specials = f"{tokenizer.num_specials} special tokens"
+        problems.append(f"data.max_length={config.data.max_length} leaves no residue beside {specials}")
     return problems
 
 
