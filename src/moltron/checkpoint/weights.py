@@ -205,9 +205,7 @@ def _fair(path: Path) -> Found:
     for spec in FAMILIES.values():
         if "model" in checkpoint and spec.convert.is_fair(checkpoint):
             return spec, *spec.convert.read_fair(checkpoint, str(path))
-    raise ValueError(
-        f"{path}: not a fair-esm checkpoint of ESM-1b or ESM-2; it holds {', '.join(map(str, checkpoint))}"
-    )
+    raise ValueError(f"{path}: no fair-esm checkpoint of ESM-1b or ESM-2; it holds {', '.join(map(str, checkpoint))}")
 
 
 def _load_pt(path: Path) -> dict[str, Any]:

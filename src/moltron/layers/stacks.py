@@ -239,9 +239,7 @@ def bucket_columns(buckets: int, reach: int, causal: bool) -> list[tuple[int, in
     encoder, and are never seen in a decoder.
     """
     if buckets < 4 or reach <= buckets // 2:
-        raise ValueError(
-            f"{buckets} buckets of relative positions up to {reach}: 4 at least, and half of them below it"
-        )
+        raise ValueError(f"{buckets} buckets of relative positions up to {reach}: 4 at least, half of them below it")
     side = buckets if causal else buckets // 2
     exact = side // 2
 

@@ -142,7 +142,7 @@ class EncoderDecoder(nn.Module):
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """(B, V): logits of the token after `ids_B`, the next one of each sequence; the cache grows by it."""
         if cache.length == cache.capacity:
-            raise ValueError(f"the cache's {cache.capacity} tokens are decoded: start a larger one")
+            raise ValueError(f"the cache has room for {cache.capacity} tokens, and is full: start a larger one")
         positions = torch.full_like(ids_B, cache.length)
         return self.logits((self.decoder or self._no_decoder()).step(self._embed(ids_B, positions), cache))
 

@@ -72,7 +72,7 @@ class SpanCorruption(Objective):
         sizes = lengths - noise + spans, noise + spans
         encoder = surround(seen, sizes[0], t.prefix, t.suffix), sizes[0] + t.num_specials
         labels = surround(written, sizes[1], (), (t.eos_id,)), sizes[1] + 1
-        return two_streams(encoder, labels, records, tokens=tokens, limits=limits, bos_id=t.bos_id, pad_id=t.pad_id)
+        return two_streams(encoder, labels, records, tokenizer=t, tokens=tokens, limits=limits)
 
     def _stream(self, ids: np.ndarray, kept: np.ndarray, starts: np.ndarray, number: np.ndarray) -> np.ndarray:
         """The kept tokens, and in the place of each span, or before it, its sentinel."""

@@ -124,10 +124,9 @@ def two_streams(
     labels: tuple[np.ndarray, np.ndarray],
     records: np.ndarray,
     *,
+    tokenizer: Any,
     tokens: tuple[int, ...],
     limits: Limits,
-    bos_id: int,
-    pad_id: int,
 ) -> PackedBatch:
     """A pack for an encoder–decoder. labels: (ids, lengths) with their ends; the decoder reads them behind `bos_id`.
 
@@ -136,12 +135,12 @@ def two_streams(
     (ids, lengths), (label_ids, label_lengths) = encoder, labels
     assert limits.decoder is not None
     shifted = np.roll(label_ids, 1)
-    shifted[np.cumsum(label_lengths) - label_lengths] = bos_id
+    shifted[np.cumsum(label_lengths) - label_lengths] = tokenizer.bos_id
     batch = PackedBatch.pack(
         ids,
         lengths,
         tokens=tokens[0],
-        pad_id=pad_id,
+        pad_id=tokenizer.pad_id,
         max_length=max(limits.encoder, limits.decoder),
         records=records,
         decoder=(shifted, label_lengths, tokens[1]),

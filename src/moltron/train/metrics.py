@@ -13,7 +13,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +137,8 @@ class MetricsFile:
             return []
         lines = []
         for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(line, dict) and "step" in line:
-                lines.append(line)
+            with suppress(json.JSONDecodeError):
+                lines.append(json.loads(text))
         return lines
 
     def rewind(self, step: int) -> list[dict[str, Any]]:

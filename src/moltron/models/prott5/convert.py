@@ -131,9 +131,7 @@ def write_hf(config: ProtT5Config, tensors: Mapping[str, Tensor]) -> tuple[dict[
     if config.architecture != "t5":
         raise ValueError("transformers has no T5 with LayerNorm and learned positions (ProtT5nv): use format=moltron")
     if config.tokenizer != "prott5":
-        raise ValueError(
-            f"the ids of tokenizer {config.tokenizer} are not those that a T5 folder is read with: use format=moltron"
-        )
+        raise ValueError(f"the ids of tokenizer {config.tokenizer} are not those of a T5 folder: use format=moltron")
     theirs = {name: getattr(config, ours) for ours, (name, _) in FIELDS.items()}
     theirs["d_kv"] = config.head_dim or config.hidden_size // config.num_heads
     constant = ("model_type", "feed_forward_proj", "pad_token_id", "eos_token_id", "decoder_start_token_id")
