@@ -129,12 +129,9 @@ def fields_from_hf(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Our fields that both families share. Raises ValueError, see `read_config`."""
     needed = ("vocab_size", "mask_token_id", "pad_token_id")
     kinds: Any = dict(required=REQUIRED, needed=needed, off=OFF, dropouts=DROPOUTS, neutral=BY_FAMILY)
+    fields = read_config(theirs, where, fields=FIELDS, **kinds)
     max_positions = theirs.get("max_position_embeddings", 1026) - UNUSED_POSITIONS
-    return {
-        **read_config(theirs, where, fields=FIELDS, **kinds),
-        "max_positions": max_positions,
-        "tokenizer": TOKENIZER,
-    }
+    return fields | {"max_positions": max_positions, "tokenizer": TOKENIZER}
 
 
 def fields_to_hf(config: Any) -> dict[str, Any]:
