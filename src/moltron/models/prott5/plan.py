@@ -4,13 +4,6 @@ from dataclasses import replace
 
 from moltron.models import encoder_decoder
 
-TABLES = ("encoder.relative_bias", "decoder.relative_bias")  # of t5
-PLAN = replace(
-    encoder_decoder.PLAN,
-    tensor={**encoder_decoder.PLAN.tensor, **dict.fromkeys(TABLES, "column of whole")},
-    copied={
-        "embed": "head",
-        "encoder.relative_bias": "encoder.layers.*",
-        "decoder.relative_bias": "decoder.layers.*",
-    },
-)
+CUT = dict.fromkeys(("encoder.relative_bias", "decoder.relative_bias"), "column of whole")
+COPIED = {"embed": "head", "encoder.relative_bias": "encoder.layers.*", "decoder.relative_bias": "decoder.layers.*"}
+PLAN = replace(encoder_decoder.PLAN, tensor={**encoder_decoder.PLAN.tensor, **CUT}, copied=COPIED)
