@@ -201,9 +201,9 @@ class CheckpointManager:
         self.wait()
         if self.rank == 0:
             self._tidy()
-        paths = self._gather(list_checkpoints(self.folder))[0]
+        paths = _gather(list_checkpoints(self.folder), self.group)[0]
         for path in reversed(paths):
-            problems = [p for p in self._gather(problem_of(path, self.rank, self.world)) if p]
+            problems = [p for p in _gather(problem_of(path, self.rank, self.world), self.group) if p]
             if not problems:
                 return path
             self._refused.add(path)
@@ -215,9 +215,6 @@ class CheckpointManager:
         """Fill `tensors` in place, see `load_tensors`; returns the meta."""
         self.wait()
         return load_tensors(path, tensors, self.group).meta
-
-    def _gather(self, value: Any) -> list:
-        return _gather(value, self.group)
 
     def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
         staged: dict[str, Chunk] = {}
@@ -249,10 +246,11 @@ class CheckpointManager:
                 content["files"] = {name: entry for _, part in written for name, entry in part.items()}
                 self._publish(partial, content)
 
+        def write() -> tuple[dict, dict]:
+            return entries, {shard: write_shard(partial / shard, staged)} if staged else {}
+
         self._together(step, partial, prepare)
-        written = self._together(
-            step, partial, lambda: (entries, {shard: write_shard(partial / shard, staged)} if staged else {})
-        )
+        written = self._together(step, partial, write)
         self._together(step, partial, publish)
 
     def _together(self, step: int, partial: Path, action: Callable[[], Any]) -> list:
@@ -262,7 +260,7 @@ class CheckpointManager:
             result = action()
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
-        results, failures = zip(*self._gather((result, failure)))
+        results, failures = zip(*_gather((result, failure), self.group))
         if any(failures):
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -114,33 +114,33 @@ def _name(url: str) -> str:
 
 def _fetch(item: Item, folder: Path, wait: float) -> str | None:
     """-> why it failed, or None."""
-    target = folder / item.name
-    with open(folder / f"{item.name}.lock", "w") as lock:
+    target, locked = folder / item.name, folder / f"{item.name}.lock"
+    with open(locked, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # against the same command run twice
-        if target.is_file() and _has(target, item.digest):
-            Path(lock.name).unlink(missing_ok=True)
-            return None
-        partial, reason = folder / f"{item.name}.partial", ""
-        for attempt in range(TRIES):
-            if attempt:
-                time.sleep(wait * 2 ** (attempt - 1))
-            try:
-                _transfer(item.url, partial, bool(item.digest))
-                if not _has(partial, item.digest):
-                    partial.unlink()
-                    reason = "its content has another hash than the list says"
-                    continue
+        try:
+            return None if target.is_file() and _has(target, item.digest) else _attempt(item, target, wait)
+        finally:
+            locked.unlink(missing_ok=True)
+
+
+def _attempt(item: Item, target: Path, wait: float) -> str | None:
+    """As `_fetch`, of a file that is not there; TRIES times."""
+    partial, reason = target.with_name(f"{target.name}.partial"), ""
+    for attempt in range(TRIES):
+        time.sleep(wait * 2 ** (attempt - 1) if attempt else 0)
+        try:
+            _transfer(item.url, partial, bool(item.digest))
+            if _has(partial, item.digest):
                 partial.replace(target)
                 _validator(partial).unlink(missing_ok=True)
-                Path(lock.name).unlink(missing_ok=True)
                 return None
-            except Refused as error:
-                reason = str(error)
-                break
-            except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
-                reason = f"{type(error).__name__}: {error}"
-        Path(lock.name).unlink(missing_ok=True)
-        return " ".join(reason.split())
+            partial.unlink()
+            reason = "its content has another hash than the list says"
+        except Refused as error:
+            return str(error)
+        except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+            reason = f"{type(error).__name__}: {error}"
+    return " ".join(reason.split())
 
 
 def _transfer(url: str, partial: Path, hashed: bool) -> None:

@@ -118,9 +118,7 @@ def load_pretrained(
 ) -> Pretrained:
     """A model with its weights, in evaluation mode. what: see `resolve`. dtype: of all parameters; None: float32."""
     source = find_source(what)
-    with torch.device("meta"):
-        model = source.spec.model(source.config)
-    model = model.to(dtype or torch.float32).to_empty(device=device).eval()
+    model = _skeleton(source.spec, source.config).to(dtype or torch.float32).to_empty(device=device).eval()
     if why := fill(source, dict(model.named_parameters())):
         model.head = MissingHead(why)
     return Pretrained(source.spec, source.config, model, str(source.path))
@@ -141,8 +139,7 @@ def fill(
     if source.weights is None:
         restore(source.path, {f"model.{name}": p for name, p in parameters.items()})
         return None
-    with torch.device("meta"):
-        left = dict(source.spec.model(source.config).named_parameters())
+    left = dict(_skeleton(source.spec, source.config).named_parameters())
     head = {name for name in left if name.startswith("head.")}
 
     def give(name: str, tensor: Tensor) -> None:
@@ -163,6 +160,12 @@ def fill(
         raise ValueError(f"{source.path}: missing {', '.join(sorted(left))}")
     publishers = "EsmForMaskedLM and T5ForConditionalGeneration do"
     return f"{source.path} has no language-model head (weights of {publishers})" if left else None
+
+
+def _skeleton(spec: ModelSpec, config: Any) -> nn.Module:
+    """The model without memory."""
+    with torch.device("meta"):
+        return spec.model(config)
 
 
 Found = tuple[ModelSpec, Any, Iterable[tuple[str, Tensor]] | None]  # family, configuration, our names and tensors
@@ -202,9 +205,7 @@ def _fair(path: Path) -> Found:
     for spec in FAMILIES.values():
         if "model" in checkpoint and spec.convert.is_fair(checkpoint):
             return spec, *spec.convert.read_fair(checkpoint, str(path))
-    raise ValueError(
-        f"{path}: not a fair-esm checkpoint of ESM-1b or ESM-2; it holds {', '.join(map(str, checkpoint))}"
-    )
+    raise ValueError(f"{path}: no fair-esm checkpoint of ESM-1b or ESM-2; it holds {', '.join(map(str, checkpoint))}")
 
 
 def _load_pt(path: Path) -> dict[str, Any]:
@@ -265,7 +266,7 @@ def save_pretrained(
     if format not in ("moltron", "huggingface"):
         raise ValueError(f"format={format!r} must be huggingface or moltron")
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if isinstance(model.head, MissingHead) and set(state) != _parameter_names(spec, config):
+    if isinstance(model.head, MissingHead) and set(state) != {n for n, _ in _skeleton(spec, config).named_parameters()}:
         raise ValueError(f"{model.head.why}: it cannot be written, for a head is part of this architecture")
     theirs = {"model_type": MODEL_TYPE, "family": spec.name, "config": dataclasses.asdict(config)}
     if format == "huggingface":
@@ -282,11 +283,6 @@ def save_pretrained(
         if format == "huggingface":
             _write_tokenizer(stage, config)
     return folder
-
-
-def _parameter_names(spec: ModelSpec, config: Any) -> set[str]:
-    with torch.device("meta"):
-        return {name for name, _ in spec.model(config).named_parameters()}
 
 
 def _write_tokenizer(folder: Path, config: Any) -> None:

@@ -1,7 +1,7 @@
 """Files that are either whole or not there: JSON, hashes, and folders that appear under their name when complete.
 
     staged_folder(DIR) ──> .DIR.partial-host-pid/ ──write──fsync──rename──> DIR
-    write_json(FILE)   ──> FILE.partial-pid ──fsync──rename──> FILE
+    staged_file(FILE)  ──> FILE.partial-pid ──write──fsync──rename──> FILE
 
 Knows nothing of what is in them.
 """
@@ -34,13 +34,19 @@ def fsync(path: str | Path) -> None:
         os.close(handle)
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Writes JSON so that a reader, or a crash, never sees half of it."""
-    path = Path(path)
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` to write to; it takes the name `path` when the block ends without error."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    yield partial
     fsync(partial)
     os.replace(partial, path)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes JSON so that a reader, or a crash, never sees half of it."""
+    with staged_file(Path(path)) as partial:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -55,7 +54,6 @@ class BatchLoader(IterableDataset):
     epochs: stop there; None: never. The last step is filled up with empty packs.
     workers: processes that build steps ahead, about AHEAD packs each; 0: built when asked for.
     pin: page-locked tensors, for copies that overlap with compute.
-    wait_seconds: how long the consumer has waited for data so far.
     """
 
     def __init__(
@@ -75,7 +73,6 @@ class BatchLoader(IterableDataset):
         self.packs, self.rank, self.world, self.pin = packs, rank, world, pin
         self.epochs, self.workers = epochs, workers
         self.start = plan.load(position)
-        self.wait_seconds = 0.0
         self._table = tokenizer.table.astype(np.int64)
 
     def __iter__(self) -> Iterator[Step]:
@@ -83,7 +80,7 @@ class BatchLoader(IterableDataset):
             yield from self.steps()
             return
         if not self.workers:
-            yield from self._timed(step.pin_memory() if self.pin else step for step in self.steps())
+            yield from (step.pin_memory() if self.pin else step for step in self.steps())
             return
         loader = DataLoader(
             self,
@@ -98,19 +95,10 @@ class BatchLoader(IterableDataset):
         # a process that ends with this generator unfinished, e.g. by an error, would send its workers SIGTERM and wait
         atexit.register(steps._shutdown_workers)
         try:
-            yield from self._timed(steps)
+            yield from steps
         finally:
             atexit.unregister(steps._shutdown_workers)
             steps._shutdown_workers()
-
-    def _timed(self, steps: Iterator[Step]) -> Iterator[Step]:
-        while True:
-            begin = time.perf_counter()
-            step = next(steps, None)
-            self.wait_seconds += time.perf_counter() - begin
-            if step is None:
-                return
-            yield step
 
     def steps(self) -> Iterator[Step]:
         """The steps, built here and now; in one of several worker processes, every so manieth of them."""

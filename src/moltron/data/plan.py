@@ -100,12 +100,6 @@ class BatchPlan:
             )
         if self.room < 1:
             problems.append(f"data.max_length={limits.encoder} leaves no room beside the special tokens: raise it")
-        names = ("batch.tokens", "batch.decoder_tokens"), ("data.max_length", "data.decoder_max_length")
-        for total, one, of_pack, of_sequence in zip(self.tokens, limits, *names):
-            if one is not None and total < one:
-                problems.append(f"{of_pack}={total} < {of_sequence}={one}: raise {of_pack} or lower {of_sequence}")
-        if window < 1:
-            problems.append(f"data.window={window}: at least 1 record is needed")
         if len(self.store) == 0:
             problems.append("the data set has no records: prepare it again")
         elif not self.objective.crops and self.room > 0 and int(self.store.lengths.max()) > self.room:

@@ -76,9 +76,8 @@ def read_records(
     for file in expand_inputs(path):
         with Source(file, id_column, sequence_column) as source:
             if tokenizer and source.kind not in (None, tokenizer.alphabet):
-                raise ValueError(
-                    f"{file} holds {source.kind}s, {tokenizer.alphabet}s are wanted: give another file or model"
-                )
+                wanted = f"{tokenizer.alphabet}s are wanted"
+                raise ValueError(f"{file} holds {source.kind}s, {wanted}: give another file or model")
             yield from source.records() if tokenizer is None else check_alphabet(source.records(), tokenizer)
 
 
@@ -114,9 +113,7 @@ def expand_inputs(path: str | Path) -> list[str]:
             log.info("%s: not read from this folder, for a command of moltron wrote them: %s", path, ", ".join(ours))
         if ours == files:
             if any(Path(path).glob("*.arrow")):
-                raise ValueError(
-                    f"{path} is a prepared store: give what it was made of, or to evaluate {path}/val.arrow"
-                )
+                raise ValueError(f"{path} is a prepared store: give what it was made of, or evaluate {path}/val.arrow")
             raise ValueError(f"{path} is a folder without any {', '.join(KNOWN)} file (or such a file compressed)")
         return [file for file in files if file not in ours]
     names = [path] if Path(path).exists() else _fill_ranges(path)
@@ -263,9 +260,7 @@ class Source:
         with self._damage_is_named():
             start = binary.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
         if start.startswith(b"ARROW1"):
-            raise ValueError(
-                f"{self.path} is a split of a prepared store, which only evaluate reads: give what it was made of"
-            )
+            raise ValueError(f"{self.path} is a split of a prepared store, which only evaluate reads: give its source")
         if b"\0" in start:
             raise ValueError(f"{self.path} is no text in UTF-8: give FASTA, a table (.csv, .tsv) or .smi")
         suffix = _suffix(self.path)
@@ -276,9 +271,7 @@ class Source:
             return "fasta"
         if b"," in start or b"\t" in start:
             return "table"
-        raise ValueError(
-            f"{self.path} is neither FASTA (first character `>`) nor a table: give it .fasta, .csv or .smi"
-        )
+        raise ValueError(f"{self.path} is neither FASTA (it begins with `>`) nor a table: name it .fasta, .csv or .smi")
 
     def _read_fasta(self) -> Iterator[Record | Reject]:
         """A record runs from its `>` to the next one's; what stands before the first is one reject."""

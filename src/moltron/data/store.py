@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from moltron.common.manifest import fsync, read_json, sha256_file, write_json
+from moltron.common.manifest import read_json, sha256_file, staged_file, write_json
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20  # numbers written at a time
@@ -188,12 +189,6 @@ class Store:
         crops = [self._view[a:b] for a, b in zip(begins.tolist(), (begins + lengths).tolist())]
         return np.frombuffer(bytearray().join(crops), dtype=np.uint8)
 
-    def sequence(self, row: int) -> bytes:
-        """The text of one record."""
-        self._check_rows(np.array([row]))
-        batch = int(np.searchsorted(self._first, row, side="right")) - 1
-        return self._batches[batch].column(1)[row - int(self._first[batch])].as_buffer().to_pybytes()
-
     def _check_rows(self, rows: np.ndarray) -> None:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"{self.path} has rows 0 … {len(self) - 1}, not {rows.min()} … {rows.max()}")
@@ -243,13 +238,10 @@ class Store:
     def _build_index(self, files: list[Path], base: int) -> None:
         files[0].parent.mkdir(parents=True, exist_ok=True)
         for part, (file, kind) in enumerate(zip(files, ("<i8", "<i4"))):
-            partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
-            with open(partial, "wb") as handle:
+            with staged_file(file) as partial, open(partial, "wb") as handle:
                 _npy_header(handle, kind, len(self))
                 for spans in self._spans(base):
                     handle.write(spans[part].astype(kind, copy=False).data)
-            fsync(partial)
-            os.replace(partial, file)
 
 
 class _Trust:
@@ -293,11 +285,9 @@ class _Trust:
 
     def save(self) -> None:
         if self._known != self._before:
-            try:
+            with suppress(OSError):  # read-only: every opening hashes again
                 self._stamp.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self._stamp, self._known)
-            except OSError:
-                pass  # read-only: every opening hashes again
 
 
 def _state(file: Path) -> list[int]:

@@ -255,7 +255,6 @@ class Model:
         for index, sequence in enumerate(sequences):
             ids = self.tokenizer.encode(sequence)
             ids = ids[len(prefix) : len(ids) - len(suffix)]
-            spans: Any = [(0, min(len(ids), limit), 0, min(len(ids), limit))]
             if len(ids) == 0:
                 raise ValueError(f"sequence {index} is empty")
             if len(ids) > limit and long == "error":
@@ -263,9 +262,8 @@ class Model:
                     f"sequence {index} has {len(ids)} residues, the limit is {limit}: long='truncate' keeps these, "
                     "long='window' reads all in overlapping windows"
                 )
-            if len(ids) > limit and long == "window":
-                spans = cut(len(ids), limit, overlap).tolist()
-            for begin, end, keep_from, keep_to in spans:
+            ids = ids if long == "window" else ids[:limit]
+            for begin, end, keep_from, keep_to in cut(len(ids), limit, overlap if long == "window" else 0).tolist():
                 pieces.append(np.concatenate([prefix, ids[begin:end], suffix]))
                 keep.append((len(prefix) + keep_from - begin, len(prefix) + keep_to - begin))
                 owners.append(index)

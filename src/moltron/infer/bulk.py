@@ -142,6 +142,8 @@ class _Job:
         if config.long == "window" and not 0 <= self.overlap < self.limit:
             raise ValueError(f"overlap={self.overlap} must be less than the {self.limit} residues of a window")
         embeddings, hiddens, logits = (name in config.outputs for name in CHOICES["outputs"])
+        if embeddings:
+            model.check_pooling(config.pooling)
         pooling, dtype = config.pooling if embeddings else None, getattr(torch, config.dtype)
         self.wanted = Wanted(self.layers if embeddings or hiddens else (), pooling, hiddens, logits, dtype)
         self.columns = [

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -28,7 +27,7 @@ from moltron.common.watchdog import doing
 from moltron.config.schema import EvaluateConfig, ObjectiveConfig
 from moltron.data.loader import BatchLoader
 from moltron.data.plan import EVALUATION_SEED, BatchPlan
-from moltron.data.readers import Record, Reject, read_records
+from moltron.data.readers import Reject, read_records
 from moltron.data.store import Store, StoreWriter
 from moltron.infer.api import DEVICES, Model
 from moltron.infer.reconstruct import Reconstruction
@@ -150,11 +149,12 @@ def _check(config: EvaluateConfig) -> None:
 
 def _write_store(config: EvaluateConfig, tokenizer: Tokenizer, path: Path) -> Path:
     """All records of a FASTA, CSV or SMILES file, cleaned."""
+    records = read_records(config.input, config.id_column, config.sequence_column, tokenizer)
     is_molecule, odd = tokenizer.alphabet == "molecule", 0
     with StoreWriter(path, tokenizer.alphabet, tokens=is_molecule) as writer:
-        for records in _batches(config, tokenizer):
+        while some := list(islice(records, 10_000)):
             ids, sequences = [], []
-            for record in records:
+            for record in some:
                 sequence, letters = (b"", {}) if isinstance(record, Reject) else tokenizer.clean(record.sequence)
                 if not sequence:
                     reason = record.reason if isinstance(record, Reject) else "no residues"
@@ -166,9 +166,3 @@ def _write_store(config: EvaluateConfig, tokenizer: Tokenizer, path: Path) -> Pa
     if odd:
         log.warning("%d odd letters were mended by the rule of moltron.tokenizers.clean", odd)
     return path
-
-
-def _batches(config: EvaluateConfig, tokenizer: Tokenizer) -> Iterator[list[Record | Reject]]:
-    records = read_records(config.input, config.id_column, config.sequence_column, tokenizer)
-    while some := list(islice(records, 10_000)):
-        yield some

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -165,6 +165,21 @@ class DecoderBlock(EncoderBlock):
         return x_BD + self.mlp(self.mlp_norm(x_BD))
 
 
+def run_blocks(
+    layers: nn.ModuleDict, norm: nn.Module | None, x_TD: Tensor, *inputs: Any, hidden_layers: Collection[int]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """After all blocks, which get `inputs` too, and the norm; and the layers asked for (see models.batch.Output)."""
+    hiddens = {0: x_TD} if 0 in hidden_layers else {}
+    for i, block in enumerate(layers.values(), start=1):
+        x_TD = block(x_TD, *inputs)
+        if i in hidden_layers:
+            hiddens[i] = x_TD
+    x_TD = x_TD if norm is None else norm(x_TD)
+    if len(layers) in hidden_layers:
+        hiddens[len(layers)] = x_TD
+    return x_TD, hiddens
+
+
 class Stack(nn.Module):
     """Blocks by number, the norm after them, and the relative positions they share. block: one of the two above."""
 
@@ -188,15 +203,7 @@ class Stack(nn.Module):
         self, x_TD: Tensor, layout: Layout, *memory: Tensor | Layout, hidden_layers: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """After the norm, and the layers asked for (see Output). memory: of a decoder, its tokens and their layout."""
-        bias, hiddens = self.bias(), {0: x_TD} if 0 in hidden_layers else {}
-        for i, layer in enumerate(self.layers.values(), start=1):
-            x_TD = layer(x_TD, layout, bias, *memory)
-            if i in hidden_layers:
-                hiddens[i] = x_TD
-        x_TD = x_TD if self.norm is None else self.norm(x_TD)
-        if len(self.layers) in hidden_layers:
-            hiddens[len(self.layers)] = x_TD
-        return x_TD, hiddens
+        return run_blocks(self.layers, self.norm, x_TD, layout, self.bias(), *memory, hidden_layers=hidden_layers)
 
     def start(self, memory_SD: Tensor, layout: Layout, capacity: int, num_sequences: int) -> Cache:
         """A decoder's cache before the first token, for the first sequences of `layout`."""
@@ -232,9 +239,7 @@ def bucket_columns(buckets: int, reach: int, causal: bool) -> list[tuple[int, in
     encoder, and are never seen in a decoder.
     """
     if buckets < 4 or reach <= buckets // 2:
-        raise ValueError(
-            f"{buckets} buckets of relative positions up to {reach}: 4 at least, and half of them below it"
-        )
+        raise ValueError(f"{buckets} buckets of relative positions up to {reach}: 4 at least, half of them below it")
     side = buckets if causal else buckets // 2
     exact = side // 2
 

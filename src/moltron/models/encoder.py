@@ -1,6 +1,6 @@
-"""What the encoder families share: everything but their embedding of tokens, and the padded vocabulary.
+"""What the encoder families share: everything but how positions come in, and the padded vocabulary.
 
-    embed_tokens (the family's own) ── L blocks ── norm ── head at the batch's targets
+    embed_tokens (a family may add to it) ── L blocks ── norm ── head at the batch's targets
 
 T tokens (packed), D width, L layers, M target positions, V vocabulary
 """
@@ -16,12 +16,27 @@ from torch import Tensor, nn
 
 from moltron.layers.blocks import Block, MaskedLMHead, init_by_name
 from moltron.layers.positions import Rotary
+from moltron.layers.stacks import run_blocks
 from moltron.models.batch import Output, PackedBatch
+from moltron.models.spec import ParallelPlan, block_plan
 
 
 def pad_to(vocab_size: int, multiple: int = 64) -> int:
     """The vocabulary is padded once, for speed, never by layout, so a checkpoint has one shape."""
     return -(-vocab_size // multiple) * multiple
+
+
+def encoder_plan(*embedding: str) -> ParallelPlan:
+    """How an `Encoder` is cut. embedding: modules of the family's own between `embed` and the first block."""
+    tensor = {
+        **dict.fromkeys(("embed", *embedding), "replicate"),
+        "layers.0": "scatter tokens",
+        **block_plan("layers.*"),
+        "norm": "norm, gather tokens",
+        "head": "replicate",
+    }
+    stages = ("embed", *embedding, "layers.*", "norm", "head", "contact_head")
+    return ParallelPlan(units=("layers.*",), tensor=tensor, stages=stages, copied={"embed": "head"})
 
 
 def copy_value(parameter: nn.Parameter, value: Tensor) -> None:
@@ -57,14 +72,15 @@ class Encoder(nn.Module):
             self.contact_head = nn.Linear(config.num_layers * config.num_heads, 1).requires_grad_(False)
 
     def init_weights(self, seed: int, assign: Callable[[nn.Parameter, Tensor], None] = copy_value) -> None:
-        c = self.config
-        init_by_name(
-            self, seed=seed, std=c.init_std, depths={"layers.": c.num_layers}, vocab_size=c.vocab_size, assign=assign
-        )
+        c, depths = self.config, {"layers.": self.config.num_layers}
+        init_by_name(self, seed=seed, std=c.init_std, depths=depths, vocab_size=c.vocab_size, assign=assign)
 
     def embed_tokens(self, batch: PackedBatch) -> Tensor:
-        """(T, D) that enters the first block."""
-        raise NotImplementedError
+        """(T, D) that enters the first block; a family with more in its embedding adds it."""
+        x_TD = self.embed(batch.ids)
+        if self.config.token_dropout:
+            x_TD = x_TD * token_dropout_scale(batch, self.config.mask_id).to(x_TD.dtype)
+        return x_TD
 
     def rotary(self, batch: PackedBatch) -> Rotary:
         """The table that all blocks share; None: positions are in the embedding."""
@@ -76,14 +92,7 @@ class Encoder(nn.Module):
         """streams: of a pipeline stage, what the stage before gave in `Output.streams`."""
         x_TD = streams[0] if streams else self.embed_tokens(batch)
         rotary = self.rotary(batch)
-        hiddens = {0: x_TD} if 0 in hidden_layers else {}
-        for i, block in enumerate(self.layers.values(), start=1):
-            x_TD = block(x_TD, batch.layout, rotary)
-            if i in hidden_layers:
-                hiddens[i] = x_TD
-        x_TD = x_TD if self.norm is None else self.norm(x_TD)
-        if len(self.layers) in hidden_layers:
-            hiddens[len(self.layers)] = x_TD
+        x_TD, hiddens = run_blocks(self.layers, self.norm, x_TD, batch.layout, rotary, hidden_layers=hidden_layers)
         logits = None
         if self.head is not None and batch.target_positions is not None:
             logits = self.logits(x_TD.index_select(0, batch.target_positions))
@@ -97,9 +106,8 @@ class Encoder(nn.Module):
         """Training FLOPs of the real tokens: 3·(24·L·h²·Σ len + 4·L·h·Σ len²) (design/performance.md)."""
         c = self.config
         lengths = np.array(batch.layout.lengths[: batch.num_sequences], dtype=np.float64)
-        return (
-            3 * c.num_layers * c.hidden_size * float(24 * c.hidden_size * lengths.sum() + 4 * np.square(lengths).sum())
-        )
+        a_layer = 24 * c.hidden_size**2 * lengths.sum() + 4 * c.hidden_size * np.square(lengths).sum()
+        return 3 * c.num_layers * float(a_layer)
 
 
 def token_dropout_scale(batch: PackedBatch, mask_id: int, train_ratio: float = 0.15 * 0.8) -> Tensor:

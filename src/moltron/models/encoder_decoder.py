@@ -21,20 +21,26 @@ from moltron.layers.layout import Layout
 from moltron.layers.stacks import Cache, DecoderBlock, EncoderBlock, Stack, Style
 from moltron.models.batch import Output, PackedBatch
 from moltron.models.encoder import MissingHead, copy_value, pad_to
-from moltron.models.spec import block_plan
+from moltron.models.spec import ParallelPlan, block_plan
 
-TENSOR = {  # of a ParallelPlan, for both families
-    "embed": "replicate",
-    "embed_positions": "replicate",
-    "encoder.layers.0": "scatter tokens",
-    "decoder.layers.0": "scatter tokens",
-    **block_plan("encoder.layers.*"),
-    **block_plan("decoder.layers.*", crosses=True),
-    "encoder.norm": "norm, gather tokens",
-    "decoder.norm": "norm, gather tokens",
-    "head": "replicate",
-}
-STAGES = ("embed", "embed_positions", "encoder.layers.*", "encoder.norm", "decoder.layers.*", "decoder.norm", "head")
+PLAN = ParallelPlan(  # of a family without relative positions
+    units=("encoder.layers.*", "decoder.layers.*"),
+    compiled=("encoder.norm", "decoder.norm", "head"),
+    methods=("encode", "start", "step"),
+    tensor={
+        "embed": "replicate",
+        "embed_positions": "replicate",
+        "encoder.layers.0": "scatter tokens",
+        "decoder.layers.0": "scatter tokens",
+        **block_plan("encoder.layers.*"),
+        **block_plan("decoder.layers.*", crosses=True),
+        "encoder.norm": "norm, gather tokens",
+        "decoder.norm": "norm, gather tokens",
+        "head": "replicate",
+    },
+    context=("encoder.layers.0", "encoder.norm"),
+    stages=("embed", "embed_positions", "encoder.layers.*", "encoder.norm", "decoder.layers.*", "decoder.norm", "head"),
+)
 
 
 class Head(nn.Module):
@@ -127,21 +133,16 @@ class EncoderDecoder(nn.Module):
         memory_TD: what `encode` gave, or something near it. capacity: the most tokens that will be fed to `step`.
         """
         if self.embed_positions is not None and capacity > self.config.max_positions:
-            raise ValueError(
-                f"{capacity} tokens to decode, but the model has positions for {self.config.max_positions}"
-            )
-        decoder = self.decoder or self._no_decoder()
-        return decoder.start(
-            memory_TD, layout, capacity, len(layout.lengths) if num_sequences is None else num_sequences
-        )
+            limit = self.config.max_positions
+            raise ValueError(f"{capacity} tokens to decode, but the model has positions for {limit}")
+        count = len(layout.lengths) if num_sequences is None else num_sequences
+        return (self.decoder or self._no_decoder()).start(memory_TD, layout, capacity, count)
 
     @torch.no_grad()
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """(B, V): logits of the token after `ids_B`, the next one of each sequence; the cache grows by it."""
         if cache.length == cache.capacity:
-            raise ValueError(
-                f"the cache has room for {cache.capacity} tokens, and these are decoded: start a larger one"
-            )
+            raise ValueError(f"the cache has room for {cache.capacity} tokens, and is full: start a larger one")
         positions = torch.full_like(ids_B, cache.length)
         return self.logits((self.decoder or self._no_decoder()).step(self._embed(ids_B, positions), cache))
 

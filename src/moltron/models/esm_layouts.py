@@ -7,7 +7,6 @@ fair-esm's ESM2 and ProteinBertModel and the checkpoints published with it.
 from __future__ import annotations
 
 import argparse
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -17,10 +16,8 @@ import torch
 from torch import Tensor
 
 from moltron.models.encoder import pad_to
-from moltron.models.weightmap import SAME, Row, config_problems, heads, pad_rows, read
+from moltron.models.weightmap import SAME, Row, heads, pad_rows, read, read_config
 from moltron.tokenizers import get_tokenizer
-
-log = logging.getLogger(__name__)
 
 TOKENIZER = "esm2"  # ESM-1b and ESM-2 share one vocabulary
 PAD_ID = 1
@@ -126,27 +123,13 @@ OFF = {
 }  # fmt: skip
 BY_FAMILY = {"position_embedding_type", "emb_layer_norm_before", "rope_theta", "max_position_embeddings"}
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-NEUTRAL = {
-    "_name_or_path", "architectures", "dtype", "gradient_checkpointing", "id2label", "label2id", "num_labels",
-    "output_attentions", "output_hidden_states", "problem_type", "return_dict", "torch_dtype", "transformers_version",
-    "use_cache",
-}  # fmt: skip
 
 
 def fields_from_hf(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Our fields that both families share.
-
-    Every field is honoured, known to change nothing, or refused by name: ValueError lists all problems.
-    """
-    known = {field for field, _ in FIELDS.values()} | set(DROPOUTS) | NEUTRAL | BY_FAMILY
+    """Our fields that both families share. Raises ValueError, see `read_config`."""
     needed = ("vocab_size", "mask_token_id", "pad_token_id")
-    problems = config_problems(theirs, required=REQUIRED, off=OFF, known=known, needed=needed)
-    if problems:
-        raise ValueError(f"{where}/config.json: {'; '.join(problems)}")
-    active = [name for name in DROPOUTS if theirs.get(name)]
-    if active:
-        log.info("%s: %s not applied in training: moltron's ESM has no dropout", where, ", ".join(active))
-    fields = {ours: theirs.get(name, default) for ours, (name, default) in FIELDS.items()}
+    kinds: Any = dict(required=REQUIRED, needed=needed, off=OFF, dropouts=DROPOUTS, neutral=BY_FAMILY)
+    fields = read_config(theirs, where, fields=FIELDS, **kinds)
     max_positions = theirs.get("max_position_embeddings", 1026) - UNUSED_POSITIONS
     return fields | {"max_positions": max_positions, "tokenizer": TOKENIZER}
 

@@ -7,6 +7,7 @@ Tensors are read one at a time, so that a big model is never in memory twice. Kn
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -14,6 +15,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+NEUTRAL = {  # fields of any config.json of `transformers` that change nothing for us
+    "_name_or_path", "architectures", "dtype", "gradient_checkpointing", "id2label", "label2id", "num_labels",
+    "output_attentions", "output_hidden_states", "problem_type", "return_dict", "torch_dtype", "transformers_version",
+    "use_cache",
+}  # fmt: skip
 Weights = tuple[Any, Iterable[tuple[str, Tensor]]]  # a configuration, and the tensors under its names
 
 
@@ -97,18 +104,22 @@ def write(rows: Sequence[Row], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return theirs
 
 
-def config_problems(
+def read_config(
     theirs: Mapping[str, Any],
+    where: str,
     *,
+    fields: Mapping[str, tuple[str, Any]],
     required: Mapping[str, tuple],
-    off: Collection[str],
-    known: Collection[str],
     needed: Collection[str],
-) -> list[str]:
-    """What a config.json says that a reader can neither honour nor leave aside, field by field; [] if it can be read.
+    off: Collection[str],
+    dropouts: Collection[str],
+    neutral: Collection[str],
+) -> dict[str, Any]:
+    """Our fields of a config.json. Each of theirs is honoured, known to change nothing, or refused by name.
 
-    required: the values that a field may have; off: fields that must be false; known: all others that are understood;
-    needed: fields that must be there.
+    fields: our field ← theirs, and the value where the file does not say. required: the values that a field may have;
+    needed: fields that must be there; off: those that must be false; dropouts: those that training does without;
+    neutral: all others that are understood. Raises ValueError naming all problems.
     """
     problems = [
         f"{name}={theirs[name]!r} is supported only as {values[0]!r}"
@@ -117,8 +128,14 @@ def config_problems(
     ]
     problems += [f"{name} is missing" for name in needed if name not in theirs]
     problems += [f"{name}={theirs[name]!r} is not supported" for name in sorted(off) if theirs.get(name)]
-    unknown = set(theirs) - set(required) - set(off) - set(known)
-    return problems + [f"{name}={theirs[name]!r} is not a known field" for name in sorted(unknown)]
+    known = {name for name, _ in fields.values()}
+    unknown = set(theirs).difference(known, required, off, dropouts, neutral, NEUTRAL)
+    problems += [f"{name}={theirs[name]!r} is not a known field" for name in sorted(unknown)]
+    if problems:
+        raise ValueError(f"{where}/config.json: {'; '.join(problems)}")
+    if active := [name for name in dropouts if theirs.get(name)]:
+        log.info("%s: %s not applied in training: moltron's models have no dropout", where, ", ".join(active))
+    return {ours: theirs.get(name, default) for ours, (name, default) in fields.items()}
 
 
 def _some(names: Sequence[str], count: int = 6) -> str:

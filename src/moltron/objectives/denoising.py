@@ -98,9 +98,7 @@ class Denoising(Objective):
             sizes = np.minimum(sizes, limits.encoder)
         wanted, wanted_lengths = (ids, lengths) if targets is None else targets
         labels = surround(wanted, wanted_lengths, (), (t.eos_id,)), wanted_lengths + 1
-        return two_streams(
-            (seen, sizes), labels, records, tokens=tokens, limits=limits, bos_id=t.bos_id, pad_id=t.pad_id
-        )
+        return two_streams((seen, sizes), labels, records, tokenizer=t, tokens=tokens, limits=limits)
 
     def _walk(self, lengths: np.ndarray, records: np.ndarray, epoch: int) -> _Masks:
         """All sequences side by side, one span of each a round."""

@@ -22,7 +22,7 @@ from moltron.common import rng
 from moltron.config.schema import ObjectiveConfig
 from moltron.layers.losses import IGNORE
 from moltron.models.batch import PackedBatch
-from moltron.objectives.streams import QUANTUM, Limits, Objective, surround
+from moltron.objectives.streams import QUANTUM, Limits, Objective, smallest, surround
 
 _NEVER = np.uint64(2**64 - 1)
 _ACTION, _LETTER = 1, 2  # counters below a residue's own bits
@@ -123,17 +123,10 @@ class MaskedLM(Objective):
         return np.flatnonzero(bits < np.repeat(limit, lengths))
 
     def _choose_floor(self, bits: rng.U64, lengths: np.ndarray) -> np.ndarray:
-        if len(bits) > 2**20:
-            raise ValueError(f"objective.count=floor works on packs of up to {2**20} tokens, not {len(bits)}")
         free = np.flatnonzero(bits != _NEVER)
-        sequence = np.repeat(np.arange(len(lengths)), lengths)[free]
-        available = np.bincount(sequence, minlength=len(lengths))
+        available = np.bincount(np.repeat(np.arange(len(lengths)), lengths)[free], minlength=len(lengths))
         wanted = np.floor(self.config.select * available + 1e-9).astype(np.int64)  # .29 · 100 is 29
-        # 20 bits sequence, 24 random, 20 place in the pack (for ties): one sort puts each sequence's choice in front
-        keys = sequence.astype(np.uint64) << np.uint64(44) | bits[free] >> np.uint64(40) << np.uint64(20)
-        keys |= free.astype(np.uint64)
-        first_left_out = np.append(np.sort(keys), _NEVER)[np.cumsum(available) - available + wanted]
-        return free[keys < first_left_out[sequence]]
+        return free[smallest(bits[free], available, wanted)]
 
     def _replace(self, ids: np.ndarray, bits: rng.U64) -> np.ndarray:
         """What the model sees in place of the chosen `ids`."""

@@ -19,7 +19,7 @@ import numpy as np
 from moltron.common import rng
 from moltron.config.schema import ObjectiveConfig
 from moltron.models.batch import PackedBatch
-from moltron.objectives.streams import Limits, Objective, surround, two_streams, within
+from moltron.objectives.streams import Limits, Objective, smallest, surround, two_streams, within
 
 _NOISE, _KEPT = 0, 1  # counters below a position's own bits
 
@@ -72,7 +72,7 @@ class SpanCorruption(Objective):
         sizes = lengths - noise + spans, noise + spans
         encoder = surround(seen, sizes[0], t.prefix, t.suffix), sizes[0] + t.num_specials
         labels = surround(written, sizes[1], (), (t.eos_id,)), sizes[1] + 1
-        return two_streams(encoder, labels, records, tokens=tokens, limits=limits, bos_id=t.bos_id, pad_id=t.pad_id)
+        return two_streams(encoder, labels, records, tokenizer=t, tokens=tokens, limits=limits)
 
     def _stream(self, ids: np.ndarray, kept: np.ndarray, starts: np.ndarray, number: np.ndarray) -> np.ndarray:
         """The kept tokens, and in the place of each span, or before it, its sentinel."""
@@ -95,7 +95,7 @@ class SpanCorruption(Objective):
         is_noise = np.zeros(total, dtype=bool)
         if self.config.mean_span == 1:
             bits = rng.fold(np.repeat(states, lengths), within(lengths))
-            is_noise[_smallest(bits, lengths, noise)] = True
+            is_noise[smallest(bits, lengths, noise)] = True
             return is_noise, is_noise.copy()
         kept = lengths - noise
         noise_sizes = _cut(noise, spans, rng.fold(states, _NOISE))
@@ -107,20 +107,6 @@ class SpanCorruption(Objective):
         return is_noise, starts
 
 
-def _smallest(bits: rng.U64, lengths: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Indices, ascending, of the `count` smallest of each sequence's bits (the upper 24; ties in order of place)."""
-    sequence, upper = np.repeat(np.arange(len(lengths), dtype=np.uint64), lengths), bits >> np.uint64(40)
-    if max(len(bits), len(lengths)) > 2**20:
-        order = np.lexsort((upper, sequence))
-    else:  # 20 bits sequence, 24 random, 20 place: one sort of numbers, 10 times as fast
-        keys = sequence << np.uint64(44) | upper << np.uint64(20) | np.arange(len(bits), dtype=np.uint64)
-        keys.sort()
-        order = (keys & np.uint64(2**20 - 1)).astype(np.int64)
-    chosen = np.zeros(len(bits), dtype=bool)
-    chosen[order[within(lengths) < np.repeat(count, lengths)]] = True
-    return np.flatnonzero(chosen)
-
-
 def _cut(items: np.ndarray, parts: np.ndarray, states: rng.U64) -> np.ndarray:
     """Sizes of `parts` non-empty runs that `items` are cut into, all cuts equally likely; (Σ parts,).
 
@@ -128,7 +114,7 @@ def _cut(items: np.ndarray, parts: np.ndarray, states: rng.U64) -> np.ndarray:
     """
     gaps = np.maximum(items - 1, 0)
     bits = rng.fold(np.repeat(states, gaps), within(gaps))
-    chosen = _smallest(bits, gaps, parts - 1)
+    chosen = smallest(bits, gaps, parts - 1)
     place = within(gaps)[chosen] + 1  # a cut stands before this item of its sequence
     ends = np.insert(place, np.cumsum(parts - 1), items)
     starts = np.insert(place, np.cumsum(parts - 1) - (parts - 1), 0)

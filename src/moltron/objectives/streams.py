@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moltron.common import rng
 from moltron.config.schema import ObjectiveConfig
 from moltron.layers.compiled import compile_by_row
 from moltron.layers.losses import IGNORE, cross_entropy_sum
@@ -104,15 +105,28 @@ def within(lengths: np.ndarray) -> np.ndarray:
     return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
+def smallest(bits: rng.U64, lengths: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Indices, ascending, of the `count` smallest of each sequence's bits (the upper 24; ties in order of place)."""
+    sequence, upper = np.repeat(np.arange(len(lengths), dtype=np.uint64), lengths), bits >> np.uint64(40)
+    if max(len(bits), len(lengths)) > 2**20:
+        order = np.lexsort((upper, sequence))
+    else:  # 20 bits sequence, 24 random, 20 place: one sort of numbers, 10 times as fast
+        keys = sequence << np.uint64(44) | upper << np.uint64(20) | np.arange(len(bits), dtype=np.uint64)
+        keys.sort()
+        order = (keys & np.uint64(2**20 - 1)).astype(np.int64)
+    chosen = np.zeros(len(bits), dtype=bool)
+    chosen[order[within(lengths) < np.repeat(count, lengths)]] = True
+    return np.flatnonzero(chosen)
+
+
 def two_streams(
     encoder: tuple[np.ndarray, np.ndarray],
     labels: tuple[np.ndarray, np.ndarray],
     records: np.ndarray,
     *,
+    tokenizer: Any,
     tokens: tuple[int, ...],
     limits: Limits,
-    bos_id: int,
-    pad_id: int,
 ) -> PackedBatch:
     """A pack for an encoder–decoder. labels: (ids, lengths) with their ends; the decoder reads them behind `bos_id`.
 
@@ -121,12 +135,12 @@ def two_streams(
     (ids, lengths), (label_ids, label_lengths) = encoder, labels
     assert limits.decoder is not None
     shifted = np.roll(label_ids, 1)
-    shifted[np.cumsum(label_lengths) - label_lengths] = bos_id
+    shifted[np.cumsum(label_lengths) - label_lengths] = tokenizer.bos_id
     batch = PackedBatch.pack(
         ids,
         lengths,
         tokens=tokens[0],
-        pad_id=pad_id,
+        pad_id=tokenizer.pad_id,
         max_length=max(limits.encoder, limits.decoder),
         records=records,
         decoder=(shifted, label_lengths, tokens[1]),

@@ -335,19 +335,11 @@ class Trainer:
         return "  ".join(parts)
 
     def _announce(self) -> None:
-        run, b, world = self.run_, self.config.batch, collectives.world_size()
+        run, b, held_out = self.run_, self.config.batch, self.run_.val_store or ()
         log.info(
-            "%s on %d × %s in %s: step %d to %d, %d packs of %d tokens a step, %d training and %d validation records",
-            run.spec.name,
-            world,
-            run.device.type,
-            run.precision,
-            self.step_done,
-            self.config.train.max_steps,
-            b.packs,
-            b.tokens,
-            len(run.train_store),
-            len(run.val_store) if run.val_store is not None else 0,
+            f"{run.spec.name} on {collectives.world_size()} × {run.device.type} in {run.precision}: "
+            f"step {self.step_done} to {self.config.train.max_steps}, {b.packs} packs of {b.tokens} tokens a step, "
+            f"{len(run.train_store)} training and {len(held_out)} validation records"
         )
 
     def _report(self, reading: Reading) -> str:

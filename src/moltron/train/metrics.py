@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from moltron.common.manifest import staged_file
 from moltron.config.schema import LoggingConfig
 
 # Dense bf16 (fp16 where there is no bf16) peak in FLOP/s, from the makers' data sheets; first match wins.
@@ -137,21 +137,16 @@ class MetricsFile:
             return []
         lines = []
         for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(line, dict) and "step" in line:
-                lines.append(line)
+            with suppress(json.JSONDecodeError):
+                lines.append(json.loads(text))
         return lines
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Drop a half-written line and all lines after `step`: a resumed run writes them again. Returns what stays."""
         kept = [line for line in self.read() if line["step"] <= step]
         if self.path.exists():
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            with staged_file(self.path) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         return kept
 
 
@@ -226,6 +221,5 @@ def draw_loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
     if axes.has_data():
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_suffix(".tmp")
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    os.replace(temporary, path)
+    with staged_file(path) as partial:
+        FigureCanvasAgg(figure).print_png(str(partial))

@@ -27,7 +27,7 @@ from moltron.checkpoint.manager import CheckpointManager, list_checkpoints
 from moltron.checkpoint.weights import Source, fill, find_source
 from moltron.common import watchdog
 from moltron.common.logging import get_logger
-from moltron.common.manifest import read_json, write_json
+from moltron.common.manifest import read_json, staged_file, write_json
 from moltron.config.compose import ConfigError, dump_config, load_yaml
 from moltron.config.schema import TrainConfig
 from moltron.data.store import Store
@@ -162,10 +162,8 @@ def _warn(config: TrainConfig) -> None:
     s, steps = config.optim.schedule, config.train.max_steps
     if s.name != "constant" and s.warmup_steps >= steps:
         log.warning(
-            "The warm-up (optim.schedule.warmup_steps=%d) outlasts the run (train.max_steps=%d): "
-            "the rate never reaches optim.lr.",
-            s.warmup_steps,
-            steps,
+            f"The warm-up (optim.schedule.warmup_steps={s.warmup_steps}) outlasts the run (train.max_steps={steps}): "
+            "the rate never reaches optim.lr."
         )
     packs, world = config.batch.packs, collectives.data_world_size()
     if packs % world:
@@ -186,8 +184,6 @@ def _open_stores(config: TrainConfig) -> dict[str, Store]:
     alphabet = get_tokenizer(make_config(*model_section(config)).tokenizer).alphabet  # type: ignore[arg-type]
     if stores["train"].alphabet != alphabet:
         raise ValueError(f"{stores['train'].path} holds {stores['train'].alphabet}s, the model reads {alphabet}s")
-    if not len(stores["train"]):
-        raise ValueError(f"{stores['train'].path} has no records: prepare the data again")
     if "val" in stores and not len(stores["val"]):
         del stores["val"]
     return stores
@@ -229,11 +225,9 @@ def _fill(run: Run, source: Source | None) -> dict[str, Any] | None:
         run.optimizer.set_updates(meta["updates"])
         log.info("Resuming from %s", latest)
         return meta
-    broken = list_checkpoints(run.folder / "checkpoints")
-    if broken:
-        raise ValueError(
-            f"none of the {len(broken)} checkpoints in {broken[-1].parent} is whole: nothing to resume from"
-        )
+    folder = run.folder / "checkpoints"
+    if broken := list_checkpoints(folder):
+        raise ValueError(f"none of the {len(broken)} checkpoints in {folder} is whole: nothing to resume from")
     if run.config.init is None:
         run.model.init_weights(run.config.train.seed, assign=assign_full)  # type: ignore[operator]
         return None
@@ -283,9 +277,8 @@ def _certify(run: Run) -> None:
         "lives": lives,
     }
     write_json(path, content)
-    partial = run.folder / "config.yaml.partial"
-    partial.write_text(dump_config(run.config), encoding="utf-8")
-    os.replace(partial, run.folder / "config.yaml")
+    with staged_file(run.folder / "config.yaml") as partial:
+        partial.write_text(dump_config(run.config), encoding="utf-8")
 
 
 def _device_name(device: torch.device) -> str:

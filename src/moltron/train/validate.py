@@ -15,7 +15,7 @@ from moltron.config.schema import TrainConfig
 from moltron.layers import fp8
 from moltron.models.registry import architecture_problems, get_spec, make_config
 from moltron.objectives import OBJECTIVES, Objective
-from moltron.parallel.mesh import mesh_shape
+from moltron.parallel.mesh import AXES, mesh_shape
 from moltron.parallel.pipeline import SCHEDULES, num_stages, splits_backward
 from moltron.parallel.precision import BLOCK, REDUCED, TRAINED, fits_fp8
 from moltron.parallel.recompute import MODES as RECOMPUTE
@@ -43,50 +43,23 @@ FREE = (
     "logging.",
 )
 
+# Numbers must be greater than 0, but for these; of those ELSEWHERE the mesh says what is wrong, and any seed will do.
+MAY_BE_0 = (
+    "train.eval_molecules",
+    "optim.weight_decay",
+    "optim.schedule.warmup_steps",
+    "optim.schedule.constant_steps",
+    "optim.schedule.min_lr",
+    "checkpoint.keep_best",
+)
+ELSEWHERE = ("train.seed", *(f"parallel.{axis}" for axis in AXES))
+
 
 def validate(config: TrainConfig, world: int) -> list[str]:
     """Everything that is wrong with a configuration, as sentences with the numbers and the fix; [] if nothing is."""
     problems = _model_problems(config)
-    b, d, t, o, s, c = config.batch, config.data, config.train, config.optim, config.optim.schedule, config.checkpoint
-    positive = {
-        "batch.tokens": b.tokens,
-        "batch.decoder_tokens": b.decoder_tokens,
-        "batch.packs": b.packs,
-        "data.max_length": d.max_length,
-        "data.decoder_max_length": d.decoder_max_length,
-        "data.window": d.window,
-        "train.max_steps": t.max_steps,
-        "train.log_every": t.log_every,
-        "train.eval_every": t.eval_every,
-        "train.eval_packs": t.eval_packs,
-        "train.early_stop": t.early_stop,
-        "train.hang_minutes": t.hang_minutes,
-        "checkpoint.every": c.every,
-        "checkpoint.keep_last": c.keep_last,
-        "parallel.recompute_every": config.parallel.recompute_every,
-        "parallel.pp_stages": config.parallel.pp_stages,
-        "optim.lr": o.lr,
-        "optim.muon_lr": o.muon_lr,
-        "optim.eps": o.eps,
-        "optim.clip": o.clip,
-        "optim.schedule.decay_steps": s.decay_steps,
-    }
-    problems += [
-        f"{key}={value} must be greater than 0"
-        for key, value in positive.items()
-        if value is not None and not value > 0
-    ]
-    at_least_0 = {
-        "train.eval_molecules": t.eval_molecules,
-        "optim.weight_decay": o.weight_decay,
-        "optim.schedule.warmup_steps": s.warmup_steps,
-        "optim.schedule.constant_steps": s.constant_steps,
-        "optim.schedule.min_lr": s.min_lr,
-        "checkpoint.keep_best": c.keep_best,
-    }
-    problems += [f"{key}={value} must not be negative" for key, value in at_least_0.items() if not value >= 0]
-    below_1 = {"optim.betas[0]": o.betas[0], "optim.betas[1]": o.betas[1], "optim.muon_momentum": o.muon_momentum}
-    problems += [f"{key}={value} must be in [0, 1)" for key, value in below_1.items() if not 0 <= value < 1]
+    d, t, o, s = config.data, config.train, config.optim, config.optim.schedule
+    problems += _number_problems(config)
     choices = {
         "optim.name": (o.name, optim.NAMES),
         "optim.state": (o.state, ("fp32", "fp8")),
@@ -117,6 +90,24 @@ def validate(config: TrainConfig, world: int) -> list[str]:
         problems.append(f"data.path={d.path} has no train.arrow: give a folder that `moltron prepare` wrote")
     if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
         problems.append(f"run_dir={config.run_dir} is a file: give a folder, new or of a run to resume")
+    return problems
+
+
+def _number_problems(config: TrainConfig) -> list[str]:
+    o, problems = config.optim, []
+    below_1 = {"optim.betas[0]": o.betas[0], "optim.betas[1]": o.betas[1], "optim.muon_momentum": o.muon_momentum}
+    for key, value in (_flatten(dataclasses.asdict(config)) | below_1).items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or key in ELSEWHERE or key.startswith(("model.", "objective.")):
+            continue
+        if key in below_1:
+            fits, limits = 0 <= value < 1, "be in [0, 1)"
+        elif key in MAY_BE_0:
+            fits, limits = value >= 0, "not be negative"
+        else:
+            fits, limits = value > 0, "be greater than 0"
+        if not fits:
+            problems.append(f"{key}={value} must {limits}")
     return problems
 
 
@@ -153,25 +144,20 @@ def _model_problems(config: TrainConfig) -> list[str]:
     if kind.streams == 2 and not model_config.num_decoder_layers:
         problems.append(f"model.num_decoder_layers=0: {config.objective.name} trains a decoder")
     end = model_config.max_positions if model_config.positions_end else None
-    for key, length in zip(("data.max_length", "data.decoder_max_length"), config.data.limits(kind.streams)):
+    keys = ("batch.tokens", "data.max_length"), ("batch.decoder_tokens", "data.decoder_max_length")
+    sizes = zip(config.batch.streams(kind.streams), config.data.limits(kind.streams), strict=True)
+    for (pack, sequence), (tokens, length) in zip(keys, sizes):
         if end is not None and length > end:
-            problems.append(
-                f"{key}={length} > model.max_positions={end}: lower {key}, or raise model.max_positions (new weights "
-                "only)"
-            )
-    for key, tokens, length in zip(
-        ("tokens", "decoder_tokens"), config.batch.streams(kind.streams), config.data.limits(kind.streams)
-    ):
+            remedy = f"lower {sequence}, or raise model.max_positions (new weights only)"
+            problems.append(f"{sequence}={length} > model.max_positions={end}: {remedy}")
         if 0 < tokens < length:
-            of_sequence = "data.max_length" if key == "tokens" else "data.decoder_max_length"
-            problems.append(f"batch.{key}={tokens} < {of_sequence}={length}: raise batch.{key} or lower {of_sequence}")
+            problems.append(f"{pack}={tokens} < {sequence}={length}: raise {pack} or lower {sequence}")
     problems += _cut_problems(config, model_config, kind)
     if config.train.precision == "fp8":
         problems += _fp8_problems(config, model_config, kind)
     if config.data.max_length <= tokenizer.num_specials:
-        problems.append(
-            f"data.max_length={config.data.max_length} leaves no residue beside {tokenizer.num_specials} special tokens"
-        )
+        specials = f"{tokenizer.num_specials} special tokens"
+        problems.append(f"data.max_length={config.data.max_length} leaves no residue beside {specials}")
     return problems
 
 

@@ -226,4 +226,4 @@ def test_dropout_is_named(tmp_path, caplog):
     theirs().save_pretrained(tmp_path / "m")
     with caplog.at_level("INFO"):
         load_pretrained(tmp_path / "m")
-    assert "dropout_rate not applied in training: moltron's ProtT5 has no dropout" in caplog.text
+    assert "dropout_rate not applied in training: moltron's models have no dropout" in caplog.text

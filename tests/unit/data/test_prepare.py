@@ -48,7 +48,7 @@ def content(folder, split) -> dict[str, str]:
     if not path.exists():
         return {}
     store = Store.open(path)
-    return {name: store.sequence(row).decode() for row, name in enumerate(store.ids(range(len(store))))}
+    return dict(zip(store.ids(range(len(store))), store.texts(range(len(store)))))
 
 
 def rejects(folder) -> list[tuple[str, str, str]]:

@@ -43,7 +43,7 @@ def run(tmp_path, lines, name="out", **options):
 
 def rows(folder, split="train") -> list[tuple[str, str]]:
     store = Store.open(Path(folder) / f"{split}.arrow")
-    return [(name, store.sequence(row).decode()) for row, name in enumerate(store.ids(range(len(store))))]
+    return list(zip(store.ids(range(len(store))), store.texts(range(len(store)))))
 
 
 def rejects(folder) -> list[tuple[str, str, str]]:
@@ -67,7 +67,7 @@ def test_a_molecule_is_a_cluster_of_one_canonical_and_k_random_smiles(tmp_path):
         }
         table = pa.ipc.open_file(str(output / f"{split}.arrow")).read_all()
         for first in store.clusters.start.tolist():
-            texts = [store.sequence(row).decode() for row in range(first, first + 6)]
+            texts = store.texts(range(first, first + 6))
             assert len(set(store.ids(range(first, first + 6)))) == 1
             assert {Chem.CanonSmiles(text) for text in texts} == {texts[0]} and texts[0] in canonical
             seen.add(texts[0])

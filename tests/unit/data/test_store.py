@@ -45,7 +45,7 @@ def test_gather_is_slicing(tmp_path):
     expected = b"".join(SEQUENCES[r][s : s + n] for r, s, n in zip(rows, starts, lengths))
     assert got.dtype == np.uint8 and got.tobytes() == expected
     assert store.ids(rows) == [IDS[r] for r in rows]
-    assert store.sequence(499) == SEQUENCES[499] and store.gather([], [], []).shape == (0,)
+    assert store.texts([499]) == [SEQUENCES[499].decode()] and store.gather([], [], []).shape == (0,)
 
 
 @pytest.mark.parametrize(("row", "start", "length"), [(0, -1, 1), (0, 0, 91), (0, 1, 90), (500, 0, 1), (-1, 0, 1)])
@@ -214,11 +214,11 @@ def test_tokens_rule_lengths_and_gather(tmp_path):
         assert store.has_tokens and store.alphabet == "molecule" and store.lengths.tolist() == [2, 2, 2]
         found = store.gather(np.array([2, 0, 1]), np.array([0, 1, 0]), np.array([2, 1, 2]))
         assert found.tolist() == [0, 251, 15, 1, 1]
-        assert [store.sequence(row) for row in range(3)] == [b"C[nH]", b"CC", b"[C@H]Br"]
+        assert store.texts(range(3)) == ["C[nH]", "CC", "[C@H]Br"]
     with pytest.raises(IndexError):  # the text is longer than the tokens
         store.gather(np.array([0]), np.array([0]), np.array([3]))
     with pytest.raises(IndexError):
-        store.sequence(3)
+        store.texts([3])
 
 
 def test_a_third_column_of_another_kind_is_refused(tmp_path):

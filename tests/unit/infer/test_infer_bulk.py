@@ -17,11 +17,13 @@ import pytest
 from safetensors.numpy import load_file, safe_open
 
 from moltron import load_model
+from moltron.checkpoint.weights import save_pretrained
 from moltron.cli.main import main
 from moltron.config.schema import EmbedConfig
 from moltron.infer import bulk
 from moltron.infer.bulk import embed
 from moltron.infer.writers import group_name
+from moltron.models.registry import build_model, get_spec
 
 FORMATS = ("npz", "safetensors", "h5", "parquet", "pkl")
 RESIDUES = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
@@ -357,6 +359,16 @@ def test_row_groups_are_bounded(run, monkeypatch):
     first, second = read_any(path), read_any(whole)
     assert first["ids"] == second["ids"] and np.array_equal(first["embeddings"], second["embeddings"])
     assert all(np.array_equal(a, b) for a, b in zip(first["hiddens"], second["hiddens"], strict=True))
+
+
+def test_cls_is_refused_where_no_token_stands_before_a_sequence(run, tmp_path):
+    sizes = dict(hidden_size=16, num_layers=1, num_decoder_layers=0, num_heads=2, ffn_size=16)
+    model = build_model("prott5", sizes, "cpu")
+    model.init_weights(0)
+    folder = str(save_pretrained(model, get_spec("prott5"), model.config, tmp_path / "t5"))
+    with pytest.raises(ValueError, match="prott5 puts no token before a sequence"):
+        run(RECORDS, model=folder, pooling="cls")
+    run(RECORDS, model=folder, outputs=["hiddens"], pooling="cls")  # pools nothing
 
 
 def test_nothing_to_embed(run, tmp_path):

@@ -63,7 +63,7 @@ def test_sinks_write_tensorboard_and_picture(tmp_path):
     sinks.close()
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "tensorboard").iterdir())
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_wandb_offline(tmp_path):

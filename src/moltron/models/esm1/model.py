@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from moltron.models.batch import PackedBatch
-from moltron.models.encoder import Encoder, token_dropout_scale
+from moltron.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,5 @@ class Esm1(Encoder):
         self.embed_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.embed_norm else None
 
     def embed_tokens(self, batch: PackedBatch) -> Tensor:
-        x_TD = self.embed(batch.ids)
-        if self.config.token_dropout:
-            x_TD = x_TD * token_dropout_scale(batch, self.config.mask_id).to(x_TD.dtype)
-        x_TD = x_TD + self.embed_positions(batch.layout.positions)
+        x_TD = super().embed_tokens(batch) + self.embed_positions(batch.layout.positions)
         return x_TD if self.embed_norm is None else self.embed_norm(x_TD)

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from moltron.layers.positions import Rotary, rotary_table
 from moltron.models.batch import PackedBatch
-from moltron.models.encoder import Encoder, token_dropout_scale
+from moltron.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,6 @@ class Esm2Config:
 class Esm2(Encoder):
     def __init__(self, config: Esm2Config):
         super().__init__(config, gelu="none", contact_head=True)
-
-    def embed_tokens(self, batch: PackedBatch) -> Tensor:
-        x_TD = self.embed(batch.ids)
-        if self.config.token_dropout:
-            x_TD = x_TD * token_dropout_scale(batch, self.config.mask_id).to(x_TD.dtype)
-        return x_TD
 
     def rotary(self, batch: PackedBatch) -> Rotary:
         head_dim = self.config.hidden_size // self.config.num_heads

@@ -1,13 +1,5 @@
 """How ESM-2 is cut: globs over module names."""
 
-from moltron.models.spec import ParallelPlan, block_plan
+from moltron.models.encoder import encoder_plan
 
-TENSOR = {
-    "embed": "replicate",
-    "layers.0": "scatter tokens",
-    **block_plan("layers.*"),
-    "norm": "norm, gather tokens",
-    "head": "replicate",
-}
-STAGES = ("embed", "layers.*", "norm", "head", "contact_head")
-PLAN = ParallelPlan(units=("layers.*",), tensor=TENSOR, stages=STAGES, copied={"embed": "head"})
+PLAN = encoder_plan()

@@ -6,6 +6,7 @@ Learned positions, LayerNorm, tanh GELU, biases everywhere but in the head, whic
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 from moltron.layers.stacks import Style
@@ -31,5 +32,5 @@ class MegaMolBart(EncoderDecoder):
     def __init__(self, config: MegaMolBartConfig):
         c = config
         style = Style(c.hidden_size, c.num_heads, c.hidden_size // c.num_heads, c.ffn_size, c.layer_norm_eps)
-        head = lambda: Head(c.hidden_size, c.vocab_size, tied=False, bias=False)  # noqa: E731
+        head = partial(Head, c.hidden_size, c.vocab_size, tied=False, bias=False)
         super().__init__(c, style, positions=True, head=head)

@@ -6,7 +6,6 @@ counterpart there: its LayerNorms and learned positions are no T5.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor
 
 from moltron.models.prott5.model import ProtT5Config
-from moltron.models.weightmap import SAME, Conversion, Row, Weights, config_problems, heads, read, write
-
-log = logging.getLogger(__name__)
+from moltron.models.weightmap import SAME, Conversion, Row, Weights, heads, read, read_config, write
 
 # Ours, theirs, of one block. #: 1 in an encoder, 2 in a decoder, whose blocks have the rows of CROSS as well.
 BLOCK = (
@@ -84,12 +81,10 @@ OFF = {
     "add_cross_attention", "chunk_size_feed_forward", "cross_attention_hidden_size", "is_decoder", "is_gated_act",
     "pruned_heads", "quantization_config", "tie_encoder_decoder",
 }  # fmt: skip
-HONOURED = {"num_decoder_layers", "scale_decoder_outputs", "tie_word_embeddings"}
 DROPOUTS = ("dropout_rate", "classifier_dropout")
-NEUTRAL = {
-    "_name_or_path", "architectures", "dtype", "gradient_checkpointing", "id2label", "initializer_factor",
-    "is_encoder_decoder", "label2id", "num_labels", "output_attentions", "output_hidden_states", "output_past",
-    "problem_type", "return_dict", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
+NEUTRAL = {  # or read below
+    "initializer_factor", "is_encoder_decoder", "num_decoder_layers", "output_past", "scale_decoder_outputs",
+    "task_specific_params", "tie_word_embeddings",
 }  # fmt: skip
 
 
@@ -100,14 +95,8 @@ def read_hf(theirs: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
             f"{where}/config.json: feed_forward_proj={theirs['feed_forward_proj']!r}: this is a T5 1.1, whose gated "
             "feed-forward layers ProtT5-XL does not have and moltron does not read"
         )
-    known = {field for field, _ in FIELDS.values()} | HONOURED | set(DROPOUTS) | NEUTRAL
-    problems = config_problems(theirs, required=REQUIRED, off=OFF, known=known, needed=("vocab_size",))
-    if problems:
-        raise ValueError(f"{where}/config.json: {'; '.join(problems)}")
-    active = [name for name in DROPOUTS if theirs.get(name)]
-    if active:
-        log.info("%s: %s not applied in training: moltron's ProtT5 has no dropout", where, ", ".join(active))
-    fields = {ours: theirs.get(name, default) for ours, (name, default) in FIELDS.items()}
+    kinds: Any = dict(required=REQUIRED, needed=("vocab_size",), off=OFF, dropouts=DROPOUTS, neutral=NEUTRAL)
+    fields = read_config(theirs, where, fields=FIELDS, **kinds)
     depth = theirs.get("num_decoder_layers") or fields["num_layers"]
     has_decoder = any(name.startswith("decoder.block.") for name in tensors)
     tensors, tied = _one_embedding(theirs, dict(tensors), where)
@@ -142,9 +131,7 @@ def write_hf(config: ProtT5Config, tensors: Mapping[str, Tensor]) -> tuple[dict[
     if config.architecture != "t5":
         raise ValueError("transformers has no T5 with LayerNorm and learned positions (ProtT5nv): use format=moltron")
     if config.tokenizer != "prott5":
-        raise ValueError(
-            f"the ids of tokenizer {config.tokenizer} are not those that a T5 folder is read with: use format=moltron"
-        )
+        raise ValueError(f"the ids of tokenizer {config.tokenizer} are not those of a T5 folder: use format=moltron")
     theirs = {name: getattr(config, ours) for ours, (name, _) in FIELDS.items()}
     theirs["d_kv"] = config.head_dim or config.hidden_size // config.num_heads
     constant = ("model_type", "feed_forward_proj", "pad_token_id", "eos_token_id", "decoder_start_token_id")

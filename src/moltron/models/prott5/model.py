@@ -7,7 +7,8 @@ t5   Rostlab's ProtT5-XL (Elnaggar et al. 2021, doi:10.1109/TPAMI.2021.3095381),
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from moltron.layers.stacks import Style
 from moltron.models.encoder_decoder import EncoderDecoder, Head
@@ -50,30 +51,15 @@ class ProtT5Config:
 
 class ProtT5(EncoderDecoder):
     def __init__(self, config: ProtT5Config):
-        c, default = config, config.hidden_size // config.num_heads
-        if config.architecture == "nv":
-            style = Style(c.hidden_size, c.num_heads, default, c.ffn_size, c.norm_eps)
-            super().__init__(
-                config, style, positions=True, head=lambda: Head(c.hidden_size, c.vocab_size, tied=True, bias=True)
-            )
+        c = config
+        style = Style(c.hidden_size, c.num_heads, c.hidden_size // c.num_heads, c.ffn_size, c.norm_eps)
+        head = partial(Head, c.hidden_size, c.vocab_size)
+        if c.architecture == "nv":
+            super().__init__(c, style, positions=True, head=partial(head, tied=True, bias=True))
             return
-        style = Style(
-            c.hidden_size,
-            c.num_heads,
-            c.head_dim or default,
-            c.ffn_size,
-            c.norm_eps,
-            activation="relu",
-            bias=False,
-            rms_norm=True,
-            scale=1.0,
-            buckets=c.relative_buckets,
-            reach=c.relative_reach,
+        style = replace(style, activation="relu", bias=False, rms_norm=True, scale=1.0)
+        style = replace(
+            style, head_dim=c.head_dim or style.head_dim, buckets=c.relative_buckets, reach=c.relative_reach
         )
         scale = c.hidden_size**-0.5 if c.tied_head else 1.0
-        super().__init__(
-            config,
-            style,
-            positions=False,
-            head=lambda: Head(c.hidden_size, c.vocab_size, tied=c.tied_head, bias=False, scale=scale),
-        )
+        super().__init__(c, style, positions=False, head=partial(head, tied=c.tied_head, bias=False, scale=scale))
