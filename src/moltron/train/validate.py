@@ -11,6 +11,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moltron.config.schema import TrainConfig
 from moltron.layers import fp8
 from moltron.models.registry import architecture_problems, get_spec, make_config
@@ -194,6 +196,8 @@ def _split_problems(config: TrainConfig, model_config: Any) -> list[str]:
         "parallel.reshard_after_forward=true": p.reshard_after_forward,
         f"parallel.recompute={p.recompute}": p.recompute != "none",
         "relative positions": getattr(model_config, "blocks_share_weights", False),
+        # whose ranks send to themselves
+        f"torch {torch.__version__}, but 2.13": p.pp_schedule == "zbv" and torch.__version__ < (2, 13),
     }
     found = [what for what, is_so in unfit.items() if is_so]
     if not splits_backward(p) or not found:

@@ -3,6 +3,8 @@
 import dataclasses
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
 
 from moltron.config.compose import schema_fields
 from moltron.config.schema import TrainConfig
@@ -118,6 +120,15 @@ def test_what_no_split_backward_can_have(config, schedule):
     config.model = {**config.model, "family": "prott5", "architecture": "t5", "num_decoder_layers": 4}
     config.objective.name = "span_corruption"
     assert validate(config, world=2) == [f"{said} relative positions: use 1f1b or interleaved"]
+
+
+def test_zbv_wants_a_torch_whose_ranks_do_not_send_to_themselves(config, monkeypatch):
+    config.parallel.pp, config.parallel.pp_schedule, config.model = 2, "zbv", {**MODEL, "num_layers": 4}
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    said = "parallel.pp_schedule=zbv is not for torch 2.11.0+cu130, but 2.13: use 1f1b or interleaved"
+    assert validate(config, world=2) == [said]
+    config.parallel.pp_schedule, config.parallel.pp_stages = "zero_bubble", 1
+    assert validate(config, world=2) == []
 
 
 def test_noam_needs_a_warm_up(config):
