@@ -99,7 +99,7 @@ class _Layout:
         if self.work.packed:  # two numbers of 4 bytes become two of 1, and two scales a block
             by_adam = {*names} - {*(units if self.work.muon else ())}
             moments -= (6 - 8 / BLOCK) * sum(self._parameters(name, fits_fp8) for name in by_adam)
-        reshards = config.reshard_after_forward and pp == 1
+        reshards, each = config.reshard_after_forward, config.reshard_after_forward and pp == 1  # each pack is reduced
         in_flight = self._in_flight(rank)
 
         ends = (rank > 0) + (rank < pp - 1)
@@ -113,7 +113,7 @@ class _Layout:
             working = 0.0
         else:
             halves = b * (weights - in_blocks + 2 * largest if reshards else weights)
-            gradients = (4 * weights / (shards if reshards else 1)) if packs > in_flight else 0
+            gradients = (4 * weights / (shards if each else 1)) if packs > in_flight else 0
             working = max(0, (b + 4) * largest - min(block.kept for block in blocks))  # a block's gradients, reduced
         if halves + gradients + kept < 4 * weights / shards:  # then the peak is where the backward ends
             halves, gradients, kept = 0, 4 * weights / shards, max(block.kept for block in blocks)
@@ -127,7 +127,7 @@ class _Layout:
             "workspace": working + max(backward, self._head() if rank == pp - 1 else 0) + CUBLAS,
             "pipeline": message * (packs * ends + in_flight) if pp > 1 else 0,  # torch has a buffer for every pack
         }
-        gathers, sums = (2 * packs, packs) if reshards else (packs if pp == 1 else 1, 1)
+        gathers, sums = 2 * packs if reshards else packs if pp == 1 else 1, packs if each else 1
         sent = {
             "pp": packs * ends * message * num_stages(config) / pp,
             "dp_replicate": sums * 8 * weights / shards * (copies - 1) / copies,

@@ -25,6 +25,7 @@ GIB = 2**30
 CONFIGS = Path(__file__).parents[3] / "src/moltron/configs/model"
 RESULTS = Path(__file__).parents[3] / "benchmarks/results"
 
+AGAIN = dict(reshard_after_forward=True)
 # Preset, tokens of a pack, targets of a pack (None: masked_lm's), peak in GiB, the page that has it, and the layout
 # where it is not one GPU's. H100 and H200, bf16, compiled, AdamW if nothing else is said, one pack a step on one GPU
 MEASURED = [
@@ -44,6 +45,9 @@ MEASURED = [
     ("esm2_650M", (16384,), None, 30.8, "layouts_h200_2026-11-26/README.md", dict(world=2, packs=2)),
     ("esm2_650M", (16384,), None, 18.5, "layouts_h200_2026-11-26/README.md", dict(world=2, packs=4, tp=2)),
     ("esm2_650M", (16384,), None, 30.1, "layouts_h200_2026-11-26/README.md", dict(world=2, packs=4, pp=2)),
+    ("esm2_15B", (24576,), None, 132.14, "plan_15B_h200x4_2026-11-26.md", dict(world=4, packs=2, tp=4)),
+    ("esm2_15B", (4096,), None, 106.04, "plan_15B_h200x4_2026-11-26.md", dict(world=4, packs=8, pp=2, **AGAIN)),
+    ("esm2_15B", (4096,), None, 92.04, "plan_15B_h200x4_2026-11-26.md", dict(world=4, packs=24, pp=4, **AGAIN)),
 ]
 SIZES = dict(hidden_size=64, num_layers=3, num_heads=4, ffn_size=192)
 MODELS = {
