@@ -1,4 +1,4 @@
-"""Layouts of two GPUs beside one: the same run through `moltron train`, its losses, speed and peak memory.
+"""Layouts of several GPUs, and FP8, beside one GPU: the same run through `moltron train`, its losses, speed and memory.
 
     python benchmarks/layouts_gpu.py STORE OUT [--name pretrain_esm2_650M] [--layouts one fsdp tp …] [key=value …]
 
@@ -23,12 +23,19 @@ from typing import Any
 LAYOUTS = {  # processes, keys
     "one": (1, []),
     "one again": (1, ["train.seed=4321"]),
+    "fp8": (1, ["train.precision=fp8"]),
+    "fp8 moments": (1, ["optim.state=fp8"]),
     "fsdp": (2, ["parallel.dp_shard=2"]),
     "tp": (2, ["parallel.tp=2"]),
     "pp": (2, ["parallel.pp=2"]),
     "pp interleaved": (2, ["parallel.pp=2", "parallel.pp_schedule=interleaved"]),
     "cp": (2, ["parallel.cp=2"]),
     "replicate": (2, ["parallel.dp_replicate=2"]),
+    "fsdp 4": (4, ["parallel.dp_shard=4"]),
+    "tp 4": (4, ["parallel.tp=4"]),
+    "pp 4": (4, ["parallel.pp=4"]),
+    "tp 2 fsdp 2": (4, ["parallel.tp=2", "parallel.dp_shard=2"]),
+    "pp 2 fsdp 2": (4, ["parallel.pp=2", "parallel.dp_shard=2"]),
 }
 
 
