@@ -7,10 +7,10 @@ A row is a model (a preset), a number of GPUs and keys of `moltron train`; each 
 BatchPlan → BatchLoader → TrainStep, weights drawn on the device (`init_weights` draws on the host, minutes at 3B),
 UniRef-like random proteins or random molecules. batch.packs is one a data-parallel rank where a row does not say.
 Measured: torch.cuda.max_memory_allocated, the largest of all ranks, over `--steps` steps, of which the first compiles
-and the second is recorded (one GPU). That is what tensors take; the context, NCCL and what the allocator holds beyond
-(`reserved`) come on top. Speed: real tokens a second and GPU, the median over the steps after the third; MFU against
-the bf16 peak. A row that runs out of memory says so, and the next goes on. With --output, the figures go to a .json
-beside it, too.
+and the second is recorded (one GPU, or tensor parallelism alone). That is what tensors take; the context, NCCL and what
+the allocator holds beyond (`reserved`) come on top. Speed: real tokens a second and GPU, the median over the steps
+after the third; MFU against the bf16 peak. A row that runs out of memory says so, and the next goes on. With --output,
+the figures go to a .json beside it, too.
 """
 
 from __future__ import annotations

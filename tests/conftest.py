@@ -4,7 +4,8 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+import tempfile
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -19,22 +20,29 @@ def ranks_of():
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 (a pipe that nobody reads stops its rank)
         ranks = [
             subprocess.Popen(
                 [sys.executable, *arguments],
                 env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
-                **pipes,
+                stdout=files[rank],
+                stderr=subprocess.STDOUT,
             )
             for rank in range(2)
         ]
         outputs = []
         try:
             yield outputs
-            outputs += [rank.communicate(timeout=300)[0] for rank in ranks]
-            assert [rank.returncode for rank in ranks] == [0, 0], outputs
+            with suppress(subprocess.TimeoutExpired):
+                for rank in ranks:
+                    rank.wait(timeout=300)
+            for file in files:
+                file.seek(0)
+                outputs.append(file.read())
+            assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
         finally:
-            for rank in ranks:
+            for rank, file in zip(ranks, files, strict=True):
                 rank.kill()
+                file.close()
 
     return ranks_of

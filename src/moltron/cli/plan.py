@@ -197,7 +197,7 @@ def predict(config: schema.TrainConfig, world: int, device: str = "cuda", model:
         fp8=precision == "fp8",
         compiled=compiled,
         muon=config.optim.name == "muon",
-        packed=config.optim.state == "fp8",
+        fp8_moments=config.optim.state == "fp8",
         length=max(config.data.limits(objective.streams)),
     )
     return footprint(model if model is not None else _model(config), spec.plan, config.parallel, world, work)

@@ -72,7 +72,7 @@ class ScheduleConfig:
 @dataclass
 class OptimConfig:
     name: str = "adamw"  # adamw | muon (2-D hidden matrices; AdamW for the rest)
-    state: str = "fp32"  # AdamW's moments: fp32 | fp8 (of matrices whose width is a multiple of 64)
+    state: str = "fp32"  # AdamW's moments: fp32 | fp8 (large matrices of a width that is a multiple of 64)
     lr: float = 4e-4  # peak, after warm-up; noam: the factor
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8

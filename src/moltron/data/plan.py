@@ -80,7 +80,7 @@ class BatchPlan:
         self.store, self.objective, self.tokens, self.limits = store, objective, tokens, limits
         self.seed, self.shuffle = seed, shuffle
         self.room = objective.max_residues(limits)
-        problems = self._problems(window, clusters)
+        problems = self._problems(clusters)
         if problems:
             raise ValueError("; ".join(problems))
         self.clusters = store.clusters if clusters else None
@@ -90,7 +90,7 @@ class BatchPlan:
         identity = (store.fingerprint, tokens, limits, self.room, window, seed, drawn, shuffle, learned)
         self.fingerprint = sha256(repr(identity).encode()).hexdigest()[:16]
 
-    def _problems(self, window: int, clusters: bool) -> list[str]:
+    def _problems(self, clusters: bool) -> list[str]:
         limits, problems = self.limits, []
         rows = self.objective.encoder_rows, self.objective.decoder_rows
         if self.store.clusters is not None and not clusters and rows != ("random", "same"):

@@ -271,7 +271,9 @@ class Source:
             return "fasta"
         if b"," in start or b"\t" in start:
             return "table"
-        raise ValueError(f"{self.path} is neither FASTA (it begins with `>`) nor a table: name it .fasta, .csv or .smi")
+        raise ValueError(
+            f"{self.path} is neither FASTA (which begins with `>`) nor a table: name it .fasta, .csv or .smi"
+        )
 
     def _read_fasta(self) -> Iterator[Record | Reject]:
         """A record runs from its `>` to the next one's; what stands before the first is one reject."""

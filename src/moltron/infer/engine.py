@@ -104,7 +104,7 @@ class Encoder:
     def compile(self) -> None:
         """Compile the plan's units and record packs as CUDA graphs: pays on CUDA from some tens of packs."""
         if self._plan is not None and self._copies is not None and not self._compiled:
-            for module in self.model.modules():
+            for module in getattr(self.model, "encoder", self.model).modules():
                 if isinstance(module, FeedForward):
                     module.fused = self.precision != "fp32"
             compile_units(self.model, self._plan)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,21 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), layout, rotary)
         return x_TD + self.mlp(self.mlp_norm(x_TD))
+
+
+def run_blocks(
+    layers: nn.ModuleDict, norm: nn.Module | None, x_TD: Tensor, *inputs: Any, hidden_layers: Collection[int]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """After all blocks, which get `inputs` too, and the norm; and the layers asked for (see models.batch.Output)."""
+    hiddens = {0: x_TD} if 0 in hidden_layers else {}
+    for i, block in enumerate(layers.values(), start=1):
+        x_TD = block(x_TD, *inputs)
+        if i in hidden_layers:
+            hiddens[i] = x_TD
+    x_TD = x_TD if norm is None else norm(x_TD)
+    if len(layers) in hidden_layers:
+        hiddens[len(layers)] = x_TD
+    return x_TD, hiddens
 
 
 class MaskedLMHead(nn.Module):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moltron.layers.attention import RelativeBias, attend, attend_qkv
-from moltron.layers.blocks import FeedForward, SelfAttention
+from moltron.layers.blocks import FeedForward, SelfAttention, run_blocks
 from moltron.layers.layout import Layout
 
 Pair = tuple[Tensor, Tensor]  # keys and values, (B, N, K, H) each
@@ -163,21 +163,6 @@ class DecoderBlock(EncoderBlock):
         out_BN1H = F.scaled_dot_product_attention(q_BN1H, *memory, visible, scale=self.scale)
         x_BD = x_BD + self.cross_attention.out(out_BN1H.flatten(1))
         return x_BD + self.mlp(self.mlp_norm(x_BD))
-
-
-def run_blocks(
-    layers: nn.ModuleDict, norm: nn.Module | None, x_TD: Tensor, *inputs: Any, hidden_layers: Collection[int]
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """After all blocks, which get `inputs` too, and the norm; and the layers asked for (see models.batch.Output)."""
-    hiddens = {0: x_TD} if 0 in hidden_layers else {}
-    for i, block in enumerate(layers.values(), start=1):
-        x_TD = block(x_TD, *inputs)
-        if i in hidden_layers:
-            hiddens[i] = x_TD
-    x_TD = x_TD if norm is None else norm(x_TD)
-    if len(layers) in hidden_layers:
-        hiddens[len(layers)] = x_TD
-    return x_TD, hiddens
 
 
 class Stack(nn.Module):

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moltron.layers.blocks import Block, MaskedLMHead, init_by_name
+from moltron.layers.blocks import Block, MaskedLMHead, init_by_name, run_blocks
 from moltron.layers.positions import Rotary
-from moltron.layers.stacks import run_blocks
 from moltron.models.batch import Output, PackedBatch
 from moltron.models.spec import ParallelPlan, block_plan
 

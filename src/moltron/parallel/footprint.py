@@ -14,8 +14,11 @@ T tokens of a stream on this rank, b bytes of a number in the blocks
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import torch
 
 from moltron.config.schema import ParallelConfig
 from moltron.models.spec import ParallelPlan
@@ -30,7 +33,7 @@ class Work(NamedTuple):
     """What is trained. tokens: of a pack, of each stream. targets: of a pack. packs: of a rank in one step.
 
     width: bytes of a number in the blocks, 2 or 4. compiled: blocks and loss. muon: for matrices in the blocks.
-    packed: AdamW's moments of matrices are in FP8.
+    fp8_moments: AdamW's, of matrices.
     fp8: compiled, a block then computes again what its products read: only casts of that go into them.
     length: tokens of the longest sequence; matters where positions are relative.
     """
@@ -41,7 +44,7 @@ class Work(NamedTuple):
     width: int = 2
     compiled: bool = True
     muon: bool = False
-    packed: bool = False
+    fp8_moments: bool = False
     fp8: bool = False
     length: int = 1024
 
@@ -96,10 +99,11 @@ class _Layout:
         in_blocks, largest = sum(block.parameters for block in blocks), max(block.parameters for block in blocks)
         weights = in_blocks + sum(self._parameters(name) for name in {*names} - {*units})
         moments = 8 * weights - (4 * in_blocks if self.work.muon else 0)
-        if self.work.packed:  # two numbers of 4 bytes become two of 1, and two scales a block
+        if self.work.fp8_moments:  # two numbers of 4 bytes become two of 1, and two scales a block
             by_adam = {*names} - {*(units if self.work.muon else ())}
             moments -= (6 - 8 / BLOCK) * sum(self._parameters(name, fits_fp8) for name in by_adam)
-        reshards, each = config.reshard_after_forward, config.reshard_after_forward and pp == 1  # each pack is reduced
+        reshards = config.reshard_after_forward
+        reduces_each = reshards and pp == 1  # of a step's packs, not their sum
         in_flight = self._in_flight(rank)
 
         ends = (rank > 0) + (rank < pp - 1)
@@ -113,7 +117,7 @@ class _Layout:
             working = 0.0
         else:
             halves = b * (weights - in_blocks + 2 * largest if reshards else weights)
-            gradients = (4 * weights / (shards if each else 1)) if packs > in_flight else 0
+            gradients = (4 * weights / (shards if reduces_each else 1)) if packs > in_flight else 0
             working = max(0, (b + 4) * largest - min(block.kept for block in blocks))  # a block's gradients, reduced
         if halves + gradients + kept < 4 * weights / shards:  # then the peak is where the backward ends
             halves, gradients, kept = 0, 4 * weights / shards, max(block.kept for block in blocks)
@@ -127,7 +131,8 @@ class _Layout:
             "workspace": working + max(backward, self._head() if rank == pp - 1 else 0) + CUBLAS,
             "pipeline": message * (packs * ends + in_flight) if pp > 1 else 0,  # torch has a buffer for every pack
         }
-        gathers, sums = 2 * packs if reshards else packs if pp == 1 else 1, packs if each else 1
+        gathers = 2 * packs if reshards else (packs if pp == 1 else 1)
+        sums = packs if reduces_each else 1
         sent = {
             "pp": packs * ends * message * num_stages(config) / pp,
             "dp_replicate": sums * 8 * weights / shards * (copies - 1) / copies,
@@ -188,10 +193,10 @@ class _Layout:
     def _word(self, name: str) -> str:
         return next((word for glob, word in self.plan.tensor.items() if matches(name, [glob])), "")
 
-    def _parameters(self, name: str, of: Any = bool) -> float:
-        """On this rank, of tensor parallelism; FSDP2 shares them out further. of: whether it counts, by its shape."""
+    def _parameters(self, name: str, counts: Callable[[torch.Size], bool] = bool) -> float:
+        """On this rank, of tensor parallelism; FSDP2 shares them out further. counts: which do, by their shapes."""
         modules = [(self._word(f"{name}.{sub}"), m) for sub, m in self.model.get_submodule(name).named_modules()]
-        sizes = [(word, p.numel()) for word, m in modules for p in m.parameters(recurse=False) if of(p.shape)]
+        sizes = [(word, p.numel()) for word, m in modules for p in m.parameters(recurse=False) if counts(p.shape)]
         return sum(size / (self.config.tp if word.startswith(("column", "row")) else 1) for word, size in sizes)
 
     def _in_flight(self, rank: int) -> float:

@@ -30,7 +30,7 @@ BLOCK = 64  # columns of a row whose FP8 moments share a scale
 
 
 def resolve_precision(precision: str, device: torch.device, known: Sequence[str] = tuple(DTYPES)) -> str:
-    """auto → bf16 on CUDA, fp32 on a CPU. known: what else there is, see TRAINED."""
+    """auto → bf16 on CUDA, fp32 on a CPU. known: what may be asked for by name, see TRAINED."""
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     if precision not in known:
@@ -122,7 +122,7 @@ class _Cast(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         parts = _copies(gradients, [weight.dtype for weight in ctx.weights])
         pairs = zip(parts, gradients, ctx.weights, strict=True)
-        _add_up([x for x, g, w in pairs if isinstance(g, DTensor) and g.placements != w.placements], ctx.weights[0])
+        _add_up([x for x, g, w in pairs if _is_sum(g, w)], ctx.weights[0])
         return None, *map(_as, parts, ctx.weights)
 
 
@@ -140,6 +140,14 @@ def _as(part: Tensor, like: Tensor) -> Tensor:
         return part
     settings: Any = dict(run_check=False, shape=like.shape, stride=like.stride())
     return DTensor.from_local(part, like.device_mesh, like.placements, **settings)
+
+
+def _is_sum(gradient: Tensor, weight: Tensor) -> bool:
+    """Whether each rank has a part of a sum only. Plans make no other gradient that is not laid out as its weight."""
+    if not isinstance(gradient, DTensor) or gradient.placements == weight.placements:  # type: ignore[attr-defined]
+        return False
+    assert all(p.is_partial() for p in gradient.placements), (gradient.placements, weight.shape)
+    return True
 
 
 def _add_up(tensors: list[Tensor], like: Tensor) -> None:

@@ -93,8 +93,8 @@ class AdamWFp8(torch.optim.Optimizer):
 
     KINDS = ("exp_avg", "exp_avg_scale", "exp_avg_sq_root", "exp_avg_sq_root_scale")
 
-    def __init__(self, parameters: Iterable[Tensor], **settings: Any):
-        """settings: lr, betas, eps, weight_decay."""
+    def __init__(self, parameters: Iterable[Tensor], compile: bool = True, **settings: Any):
+        """compile: where it can be. settings: lr, betas, eps, weight_decay."""
         super().__init__(parameters, settings)
         self.updates, self.device = torch.zeros(()), local(self.param_groups[0]["params"][0]).device
         for p in self.param_groups[0]["params"]:
@@ -104,8 +104,8 @@ class AdamWFp8(torch.optim.Optimizer):
             tensors = [x for c in codes for x in (c, zeros_beside(p, shape, part))]
             self.state[p] = dict(zip(self.KINDS, tensors, strict=True)) | {"step": self.updates}
         # fused; but Triton has no e4m3 for older GPUs
-        compiles = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 9)
-        self.update: Any = compile_by_row(update_fp8, rows=6) if compiles else update_fp8
+        compile &= self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 9)
+        self.update: Any = compile_by_row(update_fp8, rows=6) if compile else update_fp8
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -120,9 +120,21 @@ class AdamWFp8(torch.optim.Optimizer):
                 self.update(*some, *changing, beta1, beta2, group["eps"])
 
 
-def update_fp8(*args: Any) -> None:
+def update_fp8(
+    value_NB: Tensor,
+    grad_NB: Tensor,
+    avg_NB: Tensor,
+    avg_scale_N1: Tensor,
+    root_NB: Tensor,
+    root_scale_N1: Tensor,
+    decay: Tensor,
+    size: Tensor,
+    correction: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
     """AdamW's, of N blocks in place. size: lr by the first bias correction; correction: the root of the second."""
-    value_NB, grad_NB, avg_NB, avg_scale_N1, root_NB, root_scale_N1, decay, size, correction, beta1, beta2, eps = args
     avg = (avg_NB.to(value_NB.dtype) * avg_scale_N1).lerp(grad_NB, 1 - beta1)
     root = (beta2 * (root_NB.to(value_NB.dtype) * root_scale_N1) ** 2 + (1 - beta2) * grad_NB**2).sqrt()
     value_NB.copy_(value_NB * decay - size * avg / (root / correction + eps))
@@ -143,15 +155,15 @@ def quantize(x_NB: Tensor, codes_NB: Tensor, scale_N1: Tensor, least: float = 0.
 class Optimizer:
     """All optimizers of a run behind one `step`. Memory for the state is taken at once, so that it can be restored."""
 
-    def __init__(self, model: nn.Module, plan: ParallelPlan, config: OptimConfig, peak: float):
-        """peak: the schedule's highest rate; Muon's own rate follows in proportion."""
+    def __init__(self, model: nn.Module, plan: ParallelPlan, config: OptimConfig, peak: float, compile: bool = True):
+        """peak: the schedule's highest rate; Muon's own rate follows in proportion. compile: what can be."""
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.updates = 0  # AdamW's bias correction counts these; skipped steps are not among them
         hidden, matrices, vectors = split(model, plan)
         if config.name != "muon":
             matrices, hidden = hidden + matrices, []
-        packed = [p for p in matrices if config.state == "fp8" and fits_fp8(p.shape)]
-        matrices = [p for p in matrices if p not in {*packed}]
+        in_fp8 = {p: None for p in matrices if config.state == "fp8" and fits_fp8(p.shape)}
+        matrices = [p for p in matrices if p not in in_fp8]
         fused = all(p.device.type in ("cpu", "cuda") for p in self.names)
         groups = [(matrices, config.weight_decay), (vectors, 0.0)]
         settings: Any = dict(lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
@@ -161,8 +173,8 @@ class Optimizer:
             for p in group["params"]:
                 step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
                 adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        if packed:
-            self.optimizers.append((AdamWFp8(packed, weight_decay=config.weight_decay, **settings), 1.0))
+        if in_fp8:
+            self.optimizers.append((AdamWFp8(in_fp8, compile, weight_decay=config.weight_decay, **settings), 1.0))
         if hidden:
             muon = Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=config.muon_momentum)
             muon.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in hidden})

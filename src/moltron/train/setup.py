@@ -143,7 +143,9 @@ def build_run(config: TrainConfig, device: torch.device, source: Source | None) 
         tokenizer=get_tokenizer(model_config.tokenizer),
         train_store=stores["train"],
         val_store=stores.get("val"),
-        optimizer=optim.Optimizer(model, spec.plan, config.optim, schedule.peak(sched, rate)),
+        optimizer=optim.Optimizer(
+            model, spec.plan, config.optim, schedule.peak(sched, rate), compile=config.train.compile is not False
+        ),
         rate=rate,
         manager=CheckpointManager(folder / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best),
         meta=None,
@@ -184,6 +186,8 @@ def _open_stores(config: TrainConfig) -> dict[str, Store]:
     alphabet = get_tokenizer(make_config(*model_section(config)).tokenizer).alphabet  # type: ignore[arg-type]
     if stores["train"].alphabet != alphabet:
         raise ValueError(f"{stores['train'].path} holds {stores['train'].alphabet}s, the model reads {alphabet}s")
+    if not len(stores["train"]):  # said before the run is bound to this data
+        raise ValueError(f"{stores['train'].path} has no records: prepare the data again")
     if "val" in stores and not len(stores["val"]):
         del stores["val"]
     return stores

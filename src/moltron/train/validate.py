@@ -172,9 +172,12 @@ def _cut_problems(config: TrainConfig, model_config: Any, objective: type[Object
     tokens = dict(zip(("batch.tokens", "batch.decoder_tokens"), config.batch.streams(objective.streams), strict=False))
     cut |= {key: (size, tp * cp if key == "batch.tokens" else tp) for key, size in tokens.items()}
     width = model_config.num_heads * (getattr(model_config, "head_dim", 0) or hidden // model_config.num_heads)
-    for key, size in (("attention's width", width), ("model.ffn_size", model_config.ffn_size)):  # of matrices cut there
-        if (config.optim.name, config.optim.state) == ("adamw", "fp8") and fits_fp8((hidden, size)):
-            cut[f"optim.state=fp8: {key} / {BLOCK}"] = (size // BLOCK, tp)
+    matrices = {"model.num_heads": (getattr(model_config, "relative_buckets", 0), model_config.num_heads)}
+    if config.optim.name == "adamw":  # those in blocks, too
+        matrices |= {"attention's width": (hidden, width), "model.ffn_size": (hidden, model_config.ffn_size)}
+    if config.optim.state == "fp8":
+        fits = {key: shape[1] for key, shape in matrices.items() if fits_fp8(shape)}
+        cut |= {f"optim.state=fp8: {key} / {BLOCK}": (columns // BLOCK, tp) for key, columns in fits.items()}
     asked = f"parallel.tp={tp}" + (f" × cp={cp}" if cp > 1 else "")
     problems = [
         f"{key}={size} cannot be shared equally by {asked} ranks" for key, (size, n) in cut.items() if size % max(n, 1)
@@ -197,7 +200,7 @@ def _split_problems(config: TrainConfig, model_config: Any) -> list[str]:
         f"parallel.recompute={p.recompute}": p.recompute != "none",
         "relative positions": getattr(model_config, "blocks_share_weights", False),
         # whose ranks send to themselves
-        f"torch {torch.__version__}, but 2.13": p.pp_schedule == "zbv" and torch.__version__ < (2, 13),
+        f"torch {torch.__version__}, but for 2.13": p.pp_schedule == "zbv" and torch.__version__ < "2.13",
     }
     found = [what for what, is_so in unfit.items() if is_so]
     if not splits_backward(p) or not found:

@@ -147,6 +147,25 @@ def test_an_encoder_decoder_embeds_and_gives_no_logits_of_its_encoder():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("architecture", [{}, dict(architecture="t5", head_dim=16)], ids=["gelu", "relu"])
+def test_a_fused_activation_is_the_encoders_alone_and_changes_nothing(architecture, precision):
+    sizes = dict(hidden_size=64, num_layers=2, num_decoder_layers=1, num_heads=4, ffn_size=128)
+    family = "prott5" if architecture else "megamolbart"
+    model = build_model(family, sizes | architecture, "cpu")
+    model.init_weights(1)
+    plan = get_spec(family).plan
+    encoder = Encoder(model, pad_id=0, device="cuda", precision=precision, tokens=2048, plan=plan)
+    ids, wanted = make_ids(np.random.default_rng(0).integers(5, 90, 400)), Wanted((2,))
+    launched = encoder.encode(ids, wanted).pooled[2]
+    encoder.compile()
+    found, scale = encoder.encode(ids, wanted).pooled[2], np.abs(launched).max()
+    np.testing.assert_allclose(found / scale, launched / scale, atol=2e-2 if precision == "bf16" else 1e-4)
+    fused = {name for name, module in model.named_modules() if getattr(module, "fused", False)}
+    assert fused == ({"encoder.layers.0.mlp", "encoder.layers.1.mlp"} if precision == "bf16" else set())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 def test_packs_recorded_as_graphs_give_the_same_bits(pooling):
     model = build_model("esm2", FAMILIES["esm2"], "cpu")

@@ -1,5 +1,7 @@
 """Compiled once for any number of rows, modules of torch.nn too, with eager's numbers."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -31,3 +33,13 @@ def test_one_compilation_for_any_number_of_rows(name):
         gradients = [torch.autograd.grad(x.square().sum(), args[0])[0] for x in (found, expected)]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_torch_keeps_compilations_of_any_number_of_functions(monkeypatch):
+    """It keeps eight of one code object, and with fullgraph fails at the next (its recompile_limit)."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    functions = [compile_by_row(lambda x, i=i: x * i) for i in range(12)]
+    for m in (64, 7):
+        for i, function in enumerate(functions):
+            assert torch.equal(function(torch.ones(m, 2)), torch.full((m, 2), float(i)))

@@ -232,7 +232,7 @@ def test_memory_is_divided_as_the_axes_say():
     assert full.peak < every_second.peak < alone.peak
     muon = predict("esm2_650M", muon=True, **work)
     assert muon.memory["optimizer state"] == pytest.approx(8 * 651e6 - 4 * 649e6, rel=0.01)
-    packed = predict("esm2_650M", packed=True, **work)
+    packed = predict("esm2_650M", fp8_moments=True, **work)
     assert packed.memory["optimizer state"] == pytest.approx((2 + 8 / 64) * 651e6, rel=0.01)
 
 
@@ -245,7 +245,7 @@ def test_fp8_moments_are_counted_to_the_byte(family, name):
     whole = build_model(family, MODELS[family])
     tokens = (TOKENS,) if len(plan.units) == 1 else (TOKENS, SECOND)
     predicted = [
-        footprint(whole, plan, ParallelConfig(), 1, Work(tokens, 64, 1, muon=name == "muon", packed=packed))
+        footprint(whole, plan, ParallelConfig(), 1, Work(tokens, 64, 1, muon=name == "muon", fp8_moments=packed))
         for packed in (True, False)
     ]
     plain = Optimizer(model, plan, OptimConfig(name=name), 1.0).state_tensors()

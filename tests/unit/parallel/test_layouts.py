@@ -36,7 +36,7 @@ ESM1B = SIZES | dict(vocab_size=33, token_dropout=True, embed_norm=True, contact
 XL = TWO | dict(num_layers=4, architecture="t5", head_dim=16, relative_buckets=8, relative_reach=20, tokenizer="prott5")
 MODELS = {  # family, architecture, tokenizer, objective
     "esm2": ("esm2", SIZES, "esm2", "masked_lm"),
-    "wide": ("esm2", SIZES | dict(hidden_size=128, num_layers=2, ffn_size=256), "esm2", "masked_lm"),
+    "wide": ("esm2", SIZES | dict(hidden_size=256, num_layers=2, ffn_size=256), "esm2", "masked_lm"),
     "esm1b": ("esm1", ESM1B | dict(tokenizer="esm2"), "esm2", "masked_lm"),
     "megamolbart": ("megamolbart", TWO, "megamolbart", "denoising"),
     "prott5nv": ("prott5", TWO, "prott5nv", "span_corruption"),
@@ -84,7 +84,7 @@ THREE = {"dp_shard 3": {}, "dp_replicate 3": dict(dp_replicate=3)}  # four packs
 SIX = {"dp_shard 3, tp 2": dict(tp=2), "dp_shard 3, cp 2": dict(cp=2)}
 ALL = LAYOUTS | SPLIT | EIGHT | SPLIT_EIGHT | THREE | SIX
 MUON = ["dp_shard 4", "dp_replicate 2, tp 2", "cp 2, tp 2", "pp 2, dp_shard 2"]
-FP8 = ["dp_shard 4", "dp_shard 2, tp 2", "pp 2, tp 2"]  # of moments
+FP8 = ["dp_shard 4", "tp 4", "pp 2, tp 2"]  # of moments
 FP8_PAIRS = [*permutations(FP8, 2)]
 OPTIMIZERS = {"adamw": {}, "muon": dict(name="muon"), "fp8": dict(state="fp8")}
 BOTH = ("esm2", "megamolbart")

@@ -43,6 +43,9 @@ def test_what_divides_never_becomes_zero():
     root[:, 5] = 0
     read = quantized(root, least=2.0**-9)
     assert ((read > 0) == (root > 0)).all()
+    assert (
+        (read - root <= root.amax(1, keepdim=True) / 448 * (2**-9 + 1e-6)).logical_or(read <= root * (1 + 2**-4)).all()
+    )
     assert (read >= root / 1.5).all()  # smaller by rounding only, at most 1.5 · 2⁻⁹ to 2⁻⁹; or too large: a safe step
     assert (quantized(root)[root > 0] == 0).any()  # what it is for
 

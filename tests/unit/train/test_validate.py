@@ -8,7 +8,7 @@ from torch.torch_version import TorchVersion
 
 from moltron.config.compose import schema_fields
 from moltron.config.schema import TrainConfig
-from moltron.train.validate import FREE, differences, validate
+from moltron.train.validate import FREE, MAY_BE_0, _flatten, differences, validate
 
 MODEL = {"family": "esm2", "hidden_size": 32, "num_layers": 1, "num_heads": 2, "ffn_size": 64}
 
@@ -125,10 +125,49 @@ def test_what_no_split_backward_can_have(config, schedule):
 def test_zbv_wants_a_torch_whose_ranks_do_not_send_to_themselves(config, monkeypatch):
     config.parallel.pp, config.parallel.pp_schedule, config.model = 2, "zbv", {**MODEL, "num_layers": 4}
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
-    said = "parallel.pp_schedule=zbv is not for torch 2.11.0+cu130, but 2.13: use 1f1b or interleaved"
+    said = "parallel.pp_schedule=zbv is not for torch 2.11.0+cu130, but for 2.13: use 1f1b or interleaved"
     assert validate(config, world=2) == [said]
     config.parallel.pp_schedule, config.parallel.pp_stages = "zero_bubble", 1
     assert validate(config, world=2) == []
+
+
+NUMBERS = {  # keys of plain numbers, and their values
+    key: default
+    for key, default in _flatten(dataclasses.asdict(TrainConfig())).items()
+    if isinstance(default, int | float) and not isinstance(default, bool)
+    if not key.startswith("objective.") and key != "train.seed"
+}
+
+
+@pytest.mark.parametrize("key", sorted(NUMBERS))
+def test_every_number_has_a_least(config, key):
+    """Any seed will do; objectives have rules of their own."""
+    *sections, last = key.split(".")
+    parent = config
+    for section in sections:
+        parent = getattr(parent, section)
+    setattr(parent, last, -1)
+    assert any(key in problem for problem in validate(config, world=1))
+    setattr(parent, last, 0)
+    assert any(key in problem for problem in validate(config, world=1)) != (key in (*MAY_BE_0, "optim.muon_momentum"))
+
+
+def test_the_least_are_rules_of_keys_that_there_are():
+    assert len(NUMBERS) > 20 and {*MAY_BE_0} <= {*NUMBERS}
+
+
+def test_moments_in_fp8_are_not_cut_within_a_block(config):
+    config.optim.state, config.parallel.tp, config.data.max_length = "fp8", 2, 64
+    config.model = {**MODEL, "hidden_size": 64, "ffn_size": 192}
+    asked = "cannot be shared equally by parallel.tp=2 ranks"
+    assert validate(config, world=2) == [
+        f"optim.state=fp8: attention's width / 64=1 {asked}",
+        f"optim.state=fp8: model.ffn_size / 64=3 {asked}",
+    ]
+    table = dict(architecture="t5", num_heads=64, head_dim=16, relative_buckets=64, num_decoder_layers=1)
+    config.model = {**MODEL, **table, "family": "prott5", "hidden_size": 64, "tokenizer": "prott5"}
+    config.objective.name, config.optim.name = "span_corruption", "muon"
+    assert validate(config, world=2) == [f"optim.state=fp8: model.num_heads / 64=1 {asked}"]
 
 
 def test_noam_needs_a_warm_up(config):
