@@ -148,6 +148,10 @@ def total_norm(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Whether the next backward reduces gradients over the ranks; off for all but the last micro-batch of a step."""
+    """Whether the next backward reduces gradients over the ranks; off for all but the last micro-batch of a step.
+
+    Where it does not, gathered weights stay for the next micro-batch.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
+        model.set_reshard_after_backward(enabled)

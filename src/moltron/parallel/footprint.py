@@ -131,7 +131,7 @@ class _Layout:
             "workspace": working + max(backward, self._head() if rank == pp - 1 else 0) + CUBLAS,
             "pipeline": message * (packs * ends + in_flight) if pp > 1 else 0,  # torch has a buffer for every pack
         }
-        gathers = 2 * packs if reshards else (packs if pp == 1 else 1)
+        gathers = 2 * packs if reshards else 1
         sums = packs if reduces_each else 1
         sent = {
             "pp": packs * ends * message * num_stages(config) / pp,

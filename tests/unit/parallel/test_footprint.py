@@ -275,7 +275,9 @@ def test_bytes_sent():
     hidden, weights = 8192 * 1280 * 2, 651e6
     assert predict("esm2_650M", **work).sent == {}
     sent = predict("esm2_650M", 4, **work).sent
-    assert sent == {"dp_shard": pytest.approx((2 * 2 + 4) * weights * 3 / 4, rel=0.01)}
+    assert sent == {"dp_shard": pytest.approx((2 + 4) * weights * 3 / 4, rel=0.01)}  # gathered once, added up once
+    again = predict("esm2_650M", 4, reshard_after_forward=True, **work).sent
+    assert again == {"dp_shard": pytest.approx(2 * (2 * 2 + 4) * weights * 3 / 4, rel=0.01)}
     assert predict("esm2_650M", 2, tp=2, **work).sent == {"tp": 2 * 33 * 8 * hidden / 2}
     assert predict("esm2_650M", 2, cp=2, **work).sent["cp"] == 2 * 33 * 2 * 2 * hidden / 2
     assert predict("esm2_650M", 2, pp=2, **work).sent["pp"] == 2 * hidden

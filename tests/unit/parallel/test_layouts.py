@@ -90,7 +90,6 @@ OPTIMIZERS = {"adamw": {}, "muon": dict(name="muon"), "fp8": dict(state="fp8")}
 BOTH = ("esm2", "megamolbart")
 EVERYDAY = [(name, layout) for name in BOTH for layout in LAYOUTS]
 EVERYDAY += [("esm2", "pp 2, dp_shard 2, zbv"), ("megamolbart", "pp 2, tp 2, zero bubble")]
-EVERYDAY += [("t5", "cp 2, tp 2"), ("t5", "pp 2, tp 2, interleaved, recomputed")]
 SLOW = [(name, layout) for name in ("esm1b", "prott5nv", "t5") for layout in LAYOUTS]
 SLOW += [("esm2", "pp 2, tp 2, zero bubble"), ("megamolbart", "pp 2, dp_shard 2, zbv")]
 OF_EIGHT = [(name, layout) for name in (*BOTH, "t5") for layout in EIGHT]
