@@ -46,11 +46,12 @@ RUNS = {
     "init": (*SHORT, "init={folder}/weights", "parallel.pp=2"),
     "init of a run": (*SHORT, "init={folder}/source", "parallel.pp=2", "parallel.pp_schedule=zero_bubble", ONE_STAGE),
     "half": (*SHORT, "train.precision=bf16"),
+    "half tensor": (*SHORT, "train.precision=bf16", "parallel.tp=2"),
     "half pipeline": (*SHORT, "train.precision=bf16", "parallel.pp=2", "optim.name=muon"),
     "fp8 pipeline": (*SHORT, "train.precision=fp8", "model.num_layers=4", "parallel.pp=2", "batch.packs=2"),
 }
 ROUGH = ("muon", "moments")  # a last bit decides where a number is rounded to
-ROUNDED = ("half", "half pipeline", "fp8 pipeline")  # two ranks round elsewhere
+ROUNDED = ("half", "half tensor", "half pipeline", "fp8 pipeline")  # two ranks round elsewhere
 
 
 def without_axes(keys):
@@ -83,7 +84,7 @@ def test_two_ranks_are_one_process(both, read_lines, read_state, name, tolerance
     for a, b in zip(one, two, strict=True):
         assert a["tokens"] == b["tokens"]
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=tolerance)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * tolerance)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * tolerance if name in ROUGH else tolerance)
     assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], rel=tolerance)
     (_, meta, expected), (_, meta_two, state) = (read_state(both / home / name) for home in ("one", "two"))
     assert meta["position"] == meta_two["position"]
