@@ -88,7 +88,8 @@ class AdamWFp8(torch.optim.Optimizer):
     The update is of fp32 moments, which are rounded after it. A moment is codes in e4m3 (Peng et al. 2023,
     arXiv:2310.18313; Xi et al. 2024, arXiv:2410.19313) and a scale a block (Dettmers et al. 2022, arXiv:2110.02861),
     tensors sharded as the parameter, and each rank updates its own part, past DTensor. Of the second moment the root is
-    kept, which has half the orders of magnitude.
+    kept, which has half the orders of magnitude. (torchao's AdamW8bit and AdamWFp8 have blocks of a rank's own part,
+    flattened: another layout of ranks could not read them.)
     """
 
     KINDS = ("exp_avg", "exp_avg_scale", "exp_avg_sq_root", "exp_avg_sq_root_scale")
