@@ -139,8 +139,8 @@ def init_by_name(
 ) -> None:
     """Normal(0, std), projections into the residual stream std/√(2L), biases 0, norms 1, the vocabulary's padding 0.
 
-    depths: L of each stack, by the prefix of its parameters' names. Each tensor is a function of (seed, name) alone,
-    drawn on the CPU: the same on any device and any layout.
+    depths: L of each stack, by the prefix of its parameters' names. Each tensor is a function of (seed, name) alone, so
+    the same in any layout; drawn where it lies, a GPU's numbers are not a CPU's (15B on the host would take minutes).
     """
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
@@ -149,11 +149,11 @@ def init_by_name(
             value = torch.zeros(parameter.shape)
         else:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little"))
             scale = std
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 scale /= math.sqrt(2 * next(depth for prefix, depth in depths.items() if name.startswith(prefix)))
-            value = torch.empty(parameter.shape).normal_(0.0, scale, generator=generator)
+            value = torch.empty(parameter.shape, device=parameter.device).normal_(0.0, scale, generator=generator)
             if name in ("embed.weight", "head.weight"):
                 value[vocab_size:] = 0
         assign(parameter, value)

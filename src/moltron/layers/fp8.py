@@ -78,5 +78,8 @@ class Float8Linear(nn.Linear):
         linear.recipe = recipe  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
-        y_TN = _Product.apply(input.flatten(0, -2), self.weight, self.bias, self.recipe)
+        return self.product(input, self.weight, self.bias)
+
+    def product(self, input: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+        y_TN = _Product.apply(input.flatten(0, -2), weight_NK, bias_N, self.recipe)
         return y_TN.unflatten(0, input.shape[:-1])  # type: ignore[union-attr]

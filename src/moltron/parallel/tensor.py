@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -25,6 +25,8 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+
+from moltron.layers.fp8 import Float8Linear
 
 
 class Replicated(ParallelStyle):
@@ -54,6 +56,29 @@ class ScatterTokens(ParallelStyle):
         return module
 
 
+class _Column(Float8Linear):
+    """All tokens with this rank's columns. FP8 products take plain tensors, so scales are of a rank's own part."""
+
+    mesh: DeviceMesh
+
+    def forward(self, input: Any) -> Any:
+        bias = None if self.bias is None else local(self.bias)
+        y = self.product(input.to_local(grad_placements=(Partial(),)), local(self.weight), bias)
+        return DTensor.from_local(y, self.mesh, (Shard(y.ndim - 1),), run_check=False)
+
+
+class _Row(Float8Linear):
+    """This rank's part of a sum over ranks; the bias is shared out among them."""
+
+    mesh: DeviceMesh
+
+    def forward(self, input: Any) -> Any:
+        bias: Any = self.bias
+        bias = None if bias is None else bias.to_local(grad_placements=(Partial(),)) / self.mesh.size()
+        y = self.product(input.to_local(), local(self.weight), bias)
+        return DTensor.from_local(y, self.mesh, (Partial(),), run_check=False)
+
+
 def _norm() -> ParallelStyle:
     return SequenceParallel(sequence_dim=0, use_local_output=True)
 
@@ -81,8 +106,11 @@ def tensor_parallel(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh)
     for glob, style in plan.items():
         for name in names:
             if name.count(".") == glob.count(".") and fnmatchcase(name, glob):
+                module: Any = model.get_submodule(name)
                 for applied in STYLES[style]():
-                    parallelize_module(model.get_submodule(name), mesh, applied)
+                    parallelize_module(module, mesh, applied)
+                if isinstance(module, Float8Linear):
+                    module.__class__, module.mesh = _Row if style == "row" else _Column, mesh
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -209,16 +209,15 @@ def _split_problems(config: TrainConfig, model_config: Any) -> list[str]:
 
 
 def _fp8_problems(config: TrainConfig, model_config: Any, objective: type[Objective]) -> list[str]:
-    if config.parallel.tp > 1:
-        return [f"parallel.tp={config.parallel.tp}: train.precision=fp8 does not cut matrices; use dp_shard, cp or pp"]
+    tp, cp = config.parallel.tp, config.parallel.cp
     tokens = dict(zip(("tokens", "decoder_tokens"), config.batch.streams(objective.streams), strict=False))
-    sizes = {f"batch.{key}": size // (config.parallel.cp if key == "tokens" else 1) for key, size in tokens.items()}
-    sizes |= {"model.hidden_size": model_config.hidden_size, "model.ffn_size": model_config.ffn_size}
+    sizes = {f"batch.{key}": (size, cp if key == "tokens" else 1) for key, size in tokens.items()}
+    sizes |= {f"model.{key}": (getattr(model_config, key), tp) for key in ("hidden_size", "ffn_size")}
     problems = [
-        f"{key}={size}{' for each of the cp ranks' * (config.parallel.cp > 1)} is not a multiple of {fp8.MULTIPLE}, "
-        "as train.precision=fp8 needs"
-        for key, size in sizes.items()
-        if size % fp8.MULTIPLE
+        f"{key}={size}{f' / {ranks} ranks' * (ranks > 1)} is not a multiple of {fp8.MULTIPLE}, as train.precision=fp8 "
+        "needs"
+        for key, (size, ranks) in sizes.items()
+        if size % (fp8.MULTIPLE * ranks)
     ]
     if model_config.num_layers < 3:
         problems.append(f"model.num_layers={model_config.num_layers}: fp8 leaves out the first and the last, use bf16")

@@ -101,10 +101,11 @@ def test_what_fp8_asks_for_is_said_at_once(config):
     assert [p.split(" ")[0] for p in problems] == ["batch.tokens=1032", "model.hidden_size=24", "model.num_layers=2:"]
     config.model, config.batch.tokens = dict(MODEL, num_layers=3), 1024
     assert validate(config, world=1) == []
-    config.parallel.tp = 2
-    assert validate(config, world=2) == [
-        "parallel.tp=2: train.precision=fp8 does not cut matrices; use dp_shard, cp or pp"
-    ]
+    config.parallel.tp, config.model["ffn_size"] = 2, 48
+    needs = "/ 2 ranks is not a multiple of 16, as train.precision=fp8 needs"
+    assert validate(config, world=2) == [f"model.ffn_size=48 {needs}"]
+    config.model["ffn_size"] = 64
+    assert validate(config, world=2) == []
 
 
 @pytest.mark.parametrize("schedule", ["zero_bubble", "zbv"])
