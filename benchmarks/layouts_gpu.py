@@ -1,6 +1,6 @@
 """Layouts of GPUs, FP8 and what else a key can say: speed, losses, and measured peaks beside `moltron plan`'s.
 
-    python benchmarks/layouts_gpu.py [--rows "esm2_650M 2 parallel.tp=2 batch.tokens=32768" …] [--store STORE] [--output a.md]
+    python benchmarks/layouts_gpu.py [--rows "esm2_650M 2 parallel.tp=2 batch.tokens=32768" …] [--store STORE]
     python benchmarks/layouts_gpu.py --merge a.json b.json --output c.md      # one page of several runs
     python benchmarks/layouts_gpu.py --device cpu --tiny     # does every row run at all? few blocks, few tokens, gloo
 
@@ -34,6 +34,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import gpu
@@ -146,7 +147,7 @@ def run_rank(arguments: argparse.Namespace) -> dict[str, Any]:
         peak=peak,
         reserved=reserved,
         tokens_a_step=statistics.mean(r.tokens for r in readings),
-        seconds=dict(zip(("join", "build", "first step", "steps"), (b - a for a, b in zip(marks, marks[1:])))),  # noqa: B905
+        seconds=dict(zip(("join", "build", "first step", "steps"), np.diff(marks).tolist(), strict=True)),
         losses=[r.loss for r in readings],
         grad_norms=[r.grad_norm for r in readings],
         speeds=speeds,
@@ -222,9 +223,9 @@ class Row:
 
 
 def samples(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What two rows have in common that see the same samples."""
+    """What two rows have in common that see the same samples, at the same rates."""
     config, _ = config_of(record["row"])
-    return record["row"].split()[0], config.batch.tokens, config.batch.packs, len(record["losses"])
+    return record["row"].split()[0], config.batch.tokens, config.batch.packs, config.optim.lr, len(record["losses"])
 
 
 def last_loss(record: dict[str, Any]) -> float:
@@ -252,7 +253,7 @@ def line(record: dict[str, Any], records: list[dict[str, Any]]) -> str:
 
 
 HEAD = [
-    "| model | GPUs | keys | tok/s a GPU | MFU | loss | apart | predicted peak, GiB | measured | error | reserved | s |",
+    "| model | GPUs | keys | tok/s a GPU | MFU | loss | apart | predicted GiB | measured | error | reserved | s |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|",
 ]
 

@@ -102,12 +102,16 @@ class Encoder:
         self.tokens = _round_up(tokens)
 
     def compile(self) -> None:
-        """Compile the plan's units and record packs as CUDA graphs: pays on CUDA from some tens of packs."""
-        if self._plan is not None and self._copies is not None and not self._compiled:
+        """Compile the plan's units and record packs as CUDA graphs: pays on CUDA from some tens of packs.
+
+        Not in fp32, where attention goes by lengths, new in each pack.
+        """
+        can = self._plan is not None and self._copies is not None and self.precision != "fp32"
+        if can and not self._compiled:
             for module in getattr(self.model, "encoder", self.model).modules():
                 if isinstance(module, FeedForward):
-                    module.fused = self.precision != "fp32"
-            compile_units(self.model, self._plan)
+                    module.fused = True
+            compile_units(self.model, self._plan)  # type: ignore[arg-type]
             self._compiled = True
             self._forwards.clear()
 

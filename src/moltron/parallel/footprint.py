@@ -168,7 +168,10 @@ class _Layout:
                     third, keys = written / 3, written / 3 * 2 * (cp - 1)
                     written = third * (2 * cp + (1 if turns else 3))
                 dear += written if getattr(parent, "activation", "") != "relu" else 0
-                dear, cheap = (dear + gathered, cheap) if tp > 1 else (dear, cheap + (0 if fp8 else gathered))
+                if tp > 1:  # nothing is gathered again: kept as it came, or cast
+                    dear += gathered / b if fp8 else gathered
+                else:
+                    cheap += 0 if fp8 else gathered
             elif word == "row" and hasattr(parent, "head_dim"):
                 read, heads = module.in_features * b * T / tp, module.in_features / parent.head_dim / tp
                 dear += read * (3 if turns and cp == 1 else 1) + 4 * heads * T

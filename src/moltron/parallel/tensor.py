@@ -110,7 +110,7 @@ def tensor_parallel(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh)
                 for applied in STYLES[style]():
                     parallelize_module(module, mesh, applied)
                 if isinstance(module, Float8Linear):
-                    module.__class__, module.mesh = _Row if style == "row" else _Column, mesh
+                    module.__class__, module.mesh = _Row if style == "row" else _Column, mesh  # type: ignore[assignment]
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -163,6 +163,7 @@ def test_a_fused_activation_is_the_encoders_alone_and_changes_nothing(architectu
     np.testing.assert_allclose(found / scale, launched / scale, atol=2e-2 if precision == "bf16" else 1e-4)
     fused = {name for name, module in model.named_modules() if getattr(module, "fused", False)}
     assert fused == ({"encoder.layers.0.mlp", "encoder.layers.1.mlp"} if precision == "bf16" else set())
+    assert encoder._compiled == (precision == "bf16")
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""FP8 products of a matrix that two ranks share are those of the whole one: scales are powers of two, so parts may differ."""
+"""FP8 products of a matrix that two ranks share are the whole one's: scales are powers of two, they round nothing."""
 
 import torch
 from torch import nn
