@@ -174,7 +174,7 @@ def predict(config: schema.TrainConfig, world: int, device: str = "cuda", model:
     """What a training takes. device="cpu": as one in fp32, without compilation. model: on the meta device."""
     import torch
 
-    from moltron.models.registry import get_spec, make_config
+    from moltron.models.registry import compiles, get_spec, make_config
     from moltron.objectives import get_objective
     from moltron.parallel.footprint import Work, footprint
     from moltron.parallel.mesh import mesh_shape
@@ -187,7 +187,7 @@ def predict(config: schema.TrainConfig, world: int, device: str = "cuda", model:
     objective = get_objective(config.objective, get_tokenizer(made.tokenizer), 0)
     tokens, compiled = config.batch.streams(objective.streams), config.train.compile
     if compiled is None:
-        compiled = device == "cuda" and precision != "fp32" and getattr(made, "trains_compiled", True)
+        compiled = compiles(made, precision, device)
     _, copies, shards, _, _ = mesh_shape(config.parallel, world)
     work = Work(
         tokens,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from moltron.layers.blocks import FeedForward
 from moltron.layers.pooling import pool
 from moltron.models.batch import PackedBatch
+from moltron.models.registry import compiles
 from moltron.models.spec import ParallelPlan
 from moltron.parallel.apply import compile_units
 from moltron.parallel.graphs import Graphed
@@ -102,16 +103,13 @@ class Encoder:
         self.tokens = _round_up(tokens)
 
     def compile(self) -> None:
-        """Compile the plan's units and record packs as CUDA graphs: pays on CUDA from some tens of packs.
-
-        Not in fp32, where attention goes by lengths, new in each pack.
-        """
-        can = self._plan is not None and self._copies is not None and self.precision != "fp32"
-        if can and not self._compiled:
+        """Compile the plan's units and record packs as CUDA graphs, if they can be: pays from some tens of packs."""
+        can = compiles(self.model.config, self.precision, self.device.type, trains=False)
+        if self._plan is not None and can and not self._compiled:
             for module in getattr(self.model, "encoder", self.model).modules():
                 if isinstance(module, FeedForward):
                     module.fused = True
-            compile_units(self.model, self._plan)  # type: ignore[arg-type]
+            compile_units(self.model, self._plan)
             self._compiled = True
             self._forwards.clear()
 

@@ -106,9 +106,14 @@ def attend(
     return _attend_by_lengths(q_TNH, k_SNH, v_SNH, q_layout, k_layout, causal, bias, scale)
 
 
+def fits_kernels(head_dim: int) -> bool:
+    """Of the Triton kernels. Attention that does not go by them goes by lengths, new in each pack: not compiled."""
+    return head_dim % 8 == 0 and head_dim <= 128
+
+
 def _suits_kernels(x_TNH: Tensor) -> bool:
-    half, head_dim = x_TNH.dtype in (torch.float16, torch.bfloat16), x_TNH.shape[-1]
-    return half and x_TNH.is_cuda and head_dim % 8 == 0 and head_dim <= 128
+    half = x_TNH.dtype in (torch.float16, torch.bfloat16)
+    return half and x_TNH.is_cuda and fits_kernels(x_TNH.shape[-1])
 
 
 def _attend_by_lengths(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moltron.layers.attention import fits_kernels
 from moltron.models import esm1, esm2, megamolbart, prott5
 from moltron.models.spec import ModelSpec
 
@@ -65,3 +66,10 @@ def build_model(family: str, architecture: Mapping[str, Any], device: str | torc
     """A model with shapes but without numbers: follow with `init_weights(seed)` or load weights."""
     with torch.device(device):
         return get_spec(family).model(make_config(family, architecture))
+
+
+def compiles(config: Any, precision: str, device_type: str, trains: bool = True) -> bool:
+    """Whether a model's blocks can be compiled: their attention must go by the Triton kernels."""
+    head_dim = getattr(config, "head_dim", 0) or config.hidden_size // config.num_heads
+    half = device_type == "cuda" and precision != "fp32"
+    return half and fits_kernels(head_dim) and (not trains or getattr(config, "trains_compiled", True))

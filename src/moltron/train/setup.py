@@ -31,7 +31,7 @@ from moltron.common.manifest import read_json, staged_file, write_json
 from moltron.config.compose import ConfigError, dump_config, load_yaml
 from moltron.config.schema import TrainConfig
 from moltron.data.store import Store
-from moltron.models.registry import build_model, get_spec, make_config
+from moltron.models.registry import build_model, compiles, get_spec, make_config
 from moltron.models.spec import ModelSpec, num_parameters
 from moltron.parallel import collectives
 from moltron.parallel.apply import assign_full, parallelize, reshard
@@ -108,11 +108,9 @@ def build_run(config: TrainConfig, device: torch.device, source: Source | None) 
     assert family is not None
     spec, precision = get_spec(family), resolve_precision(config.train.precision, device, TRAINED)
     model_config = make_config(family, architecture)
-    # elsewhere attention goes by lengths, new in each pack
-    can_compile = device.type == "cuda" and precision != "fp32" and getattr(model_config, "trains_compiled", True)
-    can_compile &= not splits_backward(config.parallel)
+    can_compile = compiles(model_config, precision, device.type) and not splits_backward(config.parallel)
     if config.train.compile and not can_compile:
-        needs = "CUDA, train.precision=bf16, fp16 or fp8, and a model without relative biases"
+        needs = "CUDA, train.precision=bf16, fp16 or fp8, no relative biases, and heads of a multiple of 8 up to 128"
         raise ConfigError([f"train.compile=true needs {needs}: leave it out"])
     if config.parallel.cpu_offload and device.type != "cuda":
         raise ConfigError(["parallel.cpu_offload=true needs CUDA: here all is on the host already"])

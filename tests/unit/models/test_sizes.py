@@ -7,7 +7,7 @@ import pytest
 from moltron.config.compose import load_config
 from moltron.config.schema import TrainConfig
 from moltron.models import encoder, encoder_decoder
-from moltron.models.registry import architecture_problems, build_model, make_config
+from moltron.models.registry import architecture_problems, build_model, compiles, make_config
 from moltron.models.spec import num_parameters
 
 PARAMETERS = {  # ours, with the vocabulary padded to 64 rows, and v1's, with 128; further counts of v1 by positions
@@ -63,6 +63,15 @@ def test_what_follows_from_the_architecture():
     nv, t5 = make_config("prott5", SIZES), make_config("prott5", {**SIZES, "architecture": "t5"})
     assert (nv.positions_end, nv.trains_compiled) == (True, True)
     assert (t5.positions_end, t5.trains_compiled) == (False, False)
+
+
+def test_blocks_are_compiled_where_attention_goes_by_the_kernels():
+    nv, t5, odd = (
+        make_config("prott5", SIZES | dict(num_heads=3) | x) for x in ({}, dict(architecture="t5"), dict(num_heads=4))
+    )
+    assert compiles(nv, "bf16", "cuda") and not compiles(nv, "fp32", "cuda") and not compiles(nv, "bf16", "cpu")
+    assert not compiles(t5, "bf16", "cuda") and compiles(t5, "bf16", "cuda", trains=False)
+    assert not compiles(odd, "bf16", "cuda")  # heads of 12
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (files("moltron") / "configs/model").iterdir()))
