@@ -36,7 +36,7 @@ from moltron.models.batch import PackedBatch
 from moltron.models.registry import build_model, get_spec
 from moltron.objectives import Limits, get_objective
 from moltron.parallel import collectives
-from moltron.parallel.apply import parallelize
+from moltron.parallel.apply import assign_full, parallelize
 from moltron.tokenizers import get_tokenizer
 from moltron.train.optim import Optimizer
 from moltron.train.step import TrainStep
@@ -94,13 +94,6 @@ def build(size: str) -> torch.nn.Module:
     return build_model("esm2", dict(hidden_size=hidden, num_layers=layers, num_heads=heads, ffn_size=ffn))
 
 
-@torch.no_grad()
-def draw(model: torch.nn.Module) -> None:
-    """Random weights made on the device: `init_weights` draws on the host, minutes at 3B."""
-    for name, parameter in model.named_parameters():
-        parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(name.endswith("norm.weight"))
-
-
 def flops_per_token(size: str, store: Store) -> float:
     lengths = store.lengths[:].astype(np.int64) + 2
     tokens = int(lengths.sum())
@@ -114,7 +107,7 @@ def train(size: str, store: Store, device: torch.device, precision: str = "bf16"
     name, _, recipe = precision.partition(" ")
     options: dict = dict(fp8_recipe=recipe) if recipe else {}
     model = parallelize(build(size), spec.plan, device, precision=name, compile=True, **options)
-    draw(model)
+    model.init_weights(0, assign_full)  # type: ignore[operator]
     objective = get_objective(ObjectiveConfig(), tokenizer, 0)
     objective.compile()
     optimizer = Optimizer(model, spec.plan, OptimConfig(), 4e-4)
