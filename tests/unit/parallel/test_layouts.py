@@ -99,6 +99,11 @@ PAIRS = [(saved, layout) for i, (saved, n) in enumerate(zip(LAYOUTS, NEXT)) for 
 PAIRS += [("pp 4", "dp_shard 4"), ("pp 2, dp_shard 2", "pp 2, tp 2, interleaved, recomputed")]
 PAIRS += [("dp_shard 4", "pp 2, dp_shard 2, interleaved"), ("pp 2, tp 2", "cp 2, tp 2")]
 PAIRS += [("dp_shard 4", "pp 2, dp_shard 2, zbv"), ("pp 2, dp_shard 2, zbv", "tp 4")]
+if torch.__version__ < "2.13":  # whose zbv no gloo can run: train/validate.py refuses it
+    EVERYDAY, SLOW, OF_EIGHT, PAIRS = (
+        [x for x in cases if not x[1].endswith("zbv")] for cases in (EVERYDAY, SLOW, OF_EIGHT, PAIRS)
+    )
+    PAIRS = [pair for pair in PAIRS if not pair[0].endswith("zbv")]
 STEPS, PACKS, TOKENS = 3, 4, 64
 
 
