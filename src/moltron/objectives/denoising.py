@@ -44,11 +44,9 @@ class Denoising(Objective):
         super().__init__(config, tokenizer, seed)
         self.encoder_rows, self.decoder_rows = config.encoder_smiles, config.decoder_smiles
         self._start = rng.threshold(config.mask_prob)
-        probability, upto, bounds = exp(-config.mean_span), 0.0, []
-        for length in range(LONGEST):
-            upto += probability
-            bounds.append(rng.threshold(min(upto, 1.0)))
-            probability *= config.mean_span / (length + 1)
+        ratios = config.mean_span / np.arange(1, LONGEST)  # of the probability of a length to that of the one before
+        upto = np.cumsum(np.cumprod([exp(-config.mean_span), *ratios]))
+        bounds = [rng.threshold(min(probability, 1.0)) for probability in upto]
         self._bounds = np.array(bounds, dtype=np.uint64)  # a length is how many of them its bits reach
 
     @staticmethod
