@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -92,32 +92,27 @@ class Pending:
     skipped: bool = False
     event: Any = None
     event_before: Any = None
-    reading: Reading | None = field(default=None, repr=False)
 
     def read(self) -> Reading:
         """Wait for the numbers of this step."""
-        if self.reading is None:
-            if self.event is not None:
-                self.event.synchronize()
-            numbers = self.values.tolist()
-            named = dict(zip(GLOBAL, numbers, strict=False))
-            self.reading = Reading(
-                step=self.step,
-                lr=self.lr,
-                loss=named["loss"] / max(named["targets"], 1.0),
-                grad_norm=named["grad_norm"],
-                tokens=int(named["tokens"]),
-                padded=int(named["padded"]),
-                decoder_tokens=int(named["decoder_tokens"]),
-                decoder_padded=int(named["decoder_padded"]),
-                flops=named["flops"],
-                stop=named["stop"] > 0,
-                skipped=self.skipped,
-                packs=numbers[len(GLOBAL) :],
-                records=self.records,
-                seconds=self.event_before.elapsed_time(self.event) / 1e3 if self.event_before else None,
-            )
-        return self.reading
+        if self.event is not None:
+            self.event.synchronize()
+        numbers = self.values.tolist()
+        named = dict(zip(GLOBAL, numbers, strict=False))
+        counts = {name: int(named[name]) for name in ("tokens", "padded", "decoder_tokens", "decoder_padded")}
+        return Reading(
+            step=self.step,
+            lr=self.lr,
+            loss=named["loss"] / max(named["targets"], 1.0),
+            grad_norm=named["grad_norm"],
+            flops=named["flops"],
+            stop=named["stop"] > 0,
+            skipped=self.skipped,
+            packs=numbers[len(GLOBAL) :],
+            records=self.records,
+            seconds=self.event_before.elapsed_time(self.event) / 1e3 if self.event_before else None,
+            **counts,
+        )
 
 
 class TrainStep:
