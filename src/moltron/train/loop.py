@@ -232,8 +232,7 @@ class Trainer:
             raise NonFiniteError(self._report(reading))
         if not reading.finite and (self.scaler is None or not math.isfinite(reading.loss)):
             log.warning("Step %d skipped: loss %g, gradient norm %g", reading.step, reading.loss, reading.grad_norm)
-        decoder = reading.decoder_tokens, reading.decoder_padded
-        self.meter.add(reading.tokens, reading.padded, reading.flops, reading.seconds, decoder)
+        self.meter.add(reading.counts, reading.flops, reading.seconds)
         if not defer_line:
             if reading.step % self.config.train.log_every == 0:
                 self._write(self._line(reading))
@@ -282,8 +281,7 @@ class Trainer:
                 "model": {"family": self.run_.spec.name, "config": dataclasses.asdict(self.run_.architecture)},
                 "step": self.step_done,
                 "position": self.position,
-                "tokens": self.meter.tokens,
-                **self._decoder_tokens(),
+                **self.meter.totals(),
                 "seconds": self.meter.trained,
                 "updates": self.run_.optimizer.updates,
                 "skipped": self.skipped,
@@ -311,17 +309,12 @@ class Trainer:
             "val_perplexity": None,
             "lr": reading.lr,
             "grad_norm": _number(reading.grad_norm),
-            "tokens": self.meter.tokens,
-            **self._decoder_tokens(),
+            **self.meter.totals(),
             "skipped": self.skipped,
             **({"loss_scale": self.scaler.scale} if self.scaler is not None else {}),
             **self.meter.rates(),
             "memory": _peak_memory(self.run_.device),
         }
-
-    def _decoder_tokens(self) -> dict[str, int]:
-        """Nothing where there is no decoder."""
-        return {} if self.meter.decoder_tokens is None else {"decoder_tokens": self.meter.decoder_tokens}
 
     def _text(self) -> str:
         """What stands beside the bar."""

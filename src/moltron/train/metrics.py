@@ -13,7 +13,7 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -74,30 +74,29 @@ class Meter:
         yield
         self.seconds[name] += time.perf_counter() - began
 
-    def add(
-        self, tokens: int, padded: int, flops: float, seconds: float | None = None, decoder: tuple[int, int] = (0, 0)
-    ) -> None:
-        """One step over all ranks: real tokens, tokens with filler, FLOPs of the real tokens.
-
-        decoder: real tokens, and tokens with filler, of the second stream.
+    def add(self, counts: Mapping[str, int], flops: float, seconds: float | None = None) -> None:
+        """One step over all ranks: real tokens and tokens with filler of each stream, FLOPs of the real tokens.
 
         seconds: from the end of the step before to the end of this one; None: it has just ended.
         """
         self.now = time.perf_counter() if seconds is None else self.now + seconds
-        self.tokens += tokens
-        self.window.update(tokens=tokens, padded_tokens=padded)
+        self.window.update(counts)
         self.window_flops += flops
+        self.tokens += counts["tokens"]
         if self.decoder_tokens is not None:
-            self.decoder_tokens += decoder[0]
-            self.window.update(decoder_tokens=decoder[0], padded_decoder_tokens=decoder[1])
+            self.decoder_tokens += counts["decoder_tokens"]
+
+    def totals(self) -> dict[str, int]:
+        """Real tokens of the run so far, of each stream."""
+        decoder = {} if self.decoder_tokens is None else {"decoder_tokens": self.decoder_tokens}
+        return {"tokens": self.tokens, **decoder}
 
     def rates(self) -> dict[str, float | None]:
         """The window's rates and shares, up to the end of the last step added; begins the next window there."""
         wall = max(self.now - self.began, 1e-9)
         seconds = max(wall - self.seconds["eval"], 1e-9)
         self.trained += seconds
-        kinds = ["tokens", "padded_tokens"]
-        kinds += [] if self.decoder_tokens is None else ["decoder_tokens", "padded_decoder_tokens"]
+        kinds = [kind for name in self.totals() for kind in (name, f"padded_{name}")]
         rates: dict[str, float | None] = {
             "seconds": self.trained,
             **{f"{kind}_per_second": self.window[kind] / seconds for kind in kinds},

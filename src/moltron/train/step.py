@@ -28,8 +28,9 @@ from moltron.parallel.graphs import Graphed
 from moltron.parallel.pipeline import pipeline_of
 from moltron.train.optim import Optimizer
 
-# Of a step, over all ranks; tokens and padded are of the encoder, or of the one stream there is
-GLOBAL = ("loss", "targets", "tokens", "padded", "decoder_tokens", "decoder_padded", "flops", "stop", "grad_norm")
+# Of a step, over all ranks: tokens of the encoder, or of the one stream there is, without and with filler, and so on
+COUNTS = ("tokens", "padded_tokens", "decoder_tokens", "padded_decoder_tokens")
+GLOBAL = ("loss", "targets", *COUNTS, "flops", "stop", "grad_norm")
 
 
 class NonFiniteError(ValueError):
@@ -58,6 +59,7 @@ class LossScaler:
 class Reading:
     """A finished step, in plain numbers. loss: mean over all targets of all ranks. packs: this rank's loss sums.
 
+    counts: COUNTS of all ranks.
     seconds: from the end of the step before to the end of this one, by the GPU's own clock; None: it has just ended.
     """
 
@@ -65,16 +67,17 @@ class Reading:
     lr: float
     loss: float
     grad_norm: float
-    tokens: int
-    padded: int
-    decoder_tokens: int
-    decoder_padded: int
+    counts: dict[str, int]
     flops: float
     stop: bool
     skipped: bool
     packs: list[float]
     records: list[np.ndarray]
     seconds: float | None
+
+    @property
+    def tokens(self) -> int:
+        return self.counts["tokens"]
 
     @property
     def finite(self) -> bool:
@@ -99,19 +102,18 @@ class Pending:
             self.event.synchronize()
         numbers = self.values.tolist()
         named = dict(zip(GLOBAL, numbers, strict=False))
-        counts = {name: int(named[name]) for name in ("tokens", "padded", "decoder_tokens", "decoder_padded")}
         return Reading(
             step=self.step,
             lr=self.lr,
             loss=named["loss"] / max(named["targets"], 1.0),
             grad_norm=named["grad_norm"],
+            counts={name: int(named[name]) for name in COUNTS},
             flops=named["flops"],
             stop=named["stop"] > 0,
             skipped=self.skipped,
             packs=numbers[len(GLOBAL) :],
             records=self.records,
             seconds=self.event_before.elapsed_time(self.event) / 1e3 if self.event_before else None,
-            **counts,
         )
 
 

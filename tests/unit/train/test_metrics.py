@@ -31,8 +31,8 @@ def test_meter_rates(monkeypatch):
     meter = Meter(tokens=100, peak=2000.0)
     with meter.part("eval"):  # 2 seconds
         pass
-    meter.add(tokens=300, padded=500, flops=3000.0)  # ended now, at 4
-    meter.add(tokens=500, padded=500, flops=5000.0, seconds=6.0)  # ended at 10, whatever the host's clock says
+    meter.add({"tokens": 300, "padded_tokens": 500}, flops=3000.0)  # ended now, at 4
+    meter.add({"tokens": 500, "padded_tokens": 500}, flops=5000.0, seconds=6.0)  # at 10, whatever the host's clock says
     rates = meter.rates()
     assert rates["seconds"] == 8 and meter.trained == 8
     assert rates["tokens_per_second"] == 800 / 8  # 10 seconds without 2 of evaluation
