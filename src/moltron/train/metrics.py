@@ -53,12 +53,10 @@ def perplexity(loss: float) -> float:
 class Meter:
     """Sums over a window of steps and the time that its parts took."""
 
-    def __init__(
-        self, tokens: int = 0, trained: float = 0.0, peak: float | None = None, decoder_tokens: int | None = None
-    ):
-        """tokens, trained: real tokens and seconds of the run so far, all its lives. peak: FLOP/s of all devices
-        together, where it is known. decoder_tokens: those of the second stream so far; None: there is none."""
-        self.tokens, self.trained, self.peak, self.decoder_tokens = tokens, trained, peak, decoder_tokens
+    def __init__(self, totals: Mapping[str, int], trained: float = 0.0, peak: float | None = None):
+        """totals, trained: real tokens of each stream and seconds of the run so far, all its lives. peak: FLOP/s of all
+        devices together, where it is known."""
+        self.totals, self.trained, self.peak = dict(totals), trained, peak
         self.now = 0.0  # when the last step that was added ended
         self.reset(time.perf_counter())
 
@@ -82,21 +80,15 @@ class Meter:
         self.now = time.perf_counter() if seconds is None else self.now + seconds
         self.window.update(counts)
         self.window_flops += flops
-        self.tokens += counts["tokens"]
-        if self.decoder_tokens is not None:
-            self.decoder_tokens += counts["decoder_tokens"]
-
-    def totals(self) -> dict[str, int]:
-        """Real tokens of the run so far, of each stream."""
-        decoder = {} if self.decoder_tokens is None else {"decoder_tokens": self.decoder_tokens}
-        return {"tokens": self.tokens, **decoder}
+        for name in self.totals:
+            self.totals[name] += counts[name]
 
     def rates(self) -> dict[str, float | None]:
         """The window's rates and shares, up to the end of the last step added; begins the next window there."""
         wall = max(self.now - self.began, 1e-9)
         seconds = max(wall - self.seconds["eval"], 1e-9)
         self.trained += seconds
-        kinds = [kind for name in self.totals() for kind in (name, f"padded_{name}")]
+        kinds = [kind for name in self.totals for kind in (name, f"padded_{name}")]
         rates: dict[str, float | None] = {
             "seconds": self.trained,
             **{f"{kind}_per_second": self.window[kind] / seconds for kind in kinds},

@@ -28,7 +28,7 @@ def test_rewind_drops_a_torn_line_and_the_future(tmp_path):
 def test_meter_rates(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 4.0, 10.0]).__next__
     monkeypatch.setattr(metrics.time, "perf_counter", clock)
-    meter = Meter(tokens=100, peak=2000.0)
+    meter = Meter({"tokens": 100}, peak=2000.0)
     with meter.part("eval"):  # 2 seconds
         pass
     meter.add({"tokens": 300, "padded_tokens": 500}, flops=3000.0)  # ended now, at 4
@@ -40,9 +40,9 @@ def test_meter_rates(monkeypatch):
     assert (rates["share_eval"], rates["data_wait"]) == (0.2, 0.0)
     assert rates["mfu"] == 0.5
     assert rates["share_compute"] == pytest.approx(0.8)
-    assert meter.tokens == 900
+    assert meter.totals == {"tokens": 900}
     assert (meter.window.total(), meter.window_flops, meter.began) == (0, 0.0, 10.0)
-    assert Meter().rates()["mfu"] is None
+    assert Meter({"tokens": 0}).rates()["mfu"] is None
 
 
 def test_peak_flops_by_name():
