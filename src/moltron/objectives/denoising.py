@@ -80,14 +80,11 @@ class Denoising(Objective):
     def batch(self, ids, lengths, records, epoch, *, tokens, limits, targets=None) -> PackedBatch:
         t = self.tokenizer
         masks = self._walk(lengths, records, epoch)
-        times = np.ones(len(ids) + 1, dtype=np.int64)
-        times[-1] = 0
-        edges = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.add.at(edges, masks.at, 1)
-        np.add.at(edges, masks.at + masks.covered, -1)
-        times[np.cumsum(edges) > 0] = 0
+        covered = np.repeat(masks.at, masks.covered) + within(masks.covered)
+        times = np.ones(len(ids), dtype=np.int64)  # how often the encoder reads each token
+        times[covered] = 0
         times[masks.at] = masks.masks
-        seen = np.append(ids, t.pad_id)
+        seen = ids.copy()
         seen[masks.at] = t.mask_id
         sizes = np.add.reduceat(times, np.cumsum(lengths) - lengths) if len(lengths) else lengths
         seen = np.repeat(seen, times)
