@@ -156,7 +156,7 @@ class TrainStep:
         skipped = not self._may_update(norm, totals[0])
         if not skipped:
             if self.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.optimizer.parameters, self.clip, norm)
+                torch.nn.utils.clip_grads_with_norm_(self.optimizer.names, self.clip, norm)
             self.optimizer.step(lr)
         self.optimizer.zero_grad(keep=self.graphed is not None)
         return self._pending(step, lr, torch.cat((totals, packs)), [b.records for b in batches], skipped)
