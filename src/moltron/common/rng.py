@@ -88,9 +88,6 @@ class Permutation:
         self._widths = bits // 2, bits - bits // 2  # of the left and the right half
         self._keys = hash_u64(seed, ORDER, epoch, np.arange(self.ROUNDS))
 
-    def __len__(self) -> int:
-        return self.n
-
     def __getitem__(self, index: ArrayLike) -> NDArray[np.int64]:
         shape = np.shape(index)
         x = np.atleast_1d(np.asarray(index, dtype=np.int64)).ravel().astype(np.uint64)

@@ -11,7 +11,6 @@ token of a sequence that is no special: of molecules, an atom, bond or bracket.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -29,10 +28,10 @@ from moltron.infer.windows import POLICIES, cut, default_overlap, merge, stitch
 from moltron.models.batch import PackedBatch
 from moltron.models.contacts import predict_contacts
 from moltron.models.spec import num_parameters
+from moltron.parallel.collectives import find_device
 from moltron.tokenizers import get_tokenizer
 
 log = get_logger(__name__)
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def load_model(what: str, device: str = "auto", precision: str = "auto") -> Model:
@@ -40,20 +39,6 @@ def load_model(what: str, device: str = "auto", precision: str = "auto") -> Mode
     name that `moltron download` knows. device: auto | cpu | cuda. precision: auto (bf16 on CUDA) | fp32 | bf16 | fp16.
     """
     return Model(load_pretrained(what), find_device(device), precision)
-
-
-def find_device(device: str | torch.device) -> torch.device:
-    """device: auto (CUDA if there is one) | cpu | cuda | cuda:1 … Raises ValueError where there is no such device."""
-    name, count = str(device), torch.cuda.device_count()
-    if name == "auto":
-        name = "cuda" if count else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device={name} is unknown; there are: {', '.join(DEVICES)}")
-    if name != "cpu" and int(name[5:] or 0) >= count:
-        raise ValueError(
-            f"device={name}, but torch sees {count} CUDA devices: install a CUDA build of torch or set device=cpu"
-        )
-    return torch.device(name)
 
 
 class Model:

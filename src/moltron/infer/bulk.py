@@ -33,7 +33,7 @@ from moltron.common.logging import Progress, get_logger
 from moltron.common.manifest import read_json, write_json
 from moltron.config.schema import EmbedConfig
 from moltron.data.readers import Reject, read_records
-from moltron.infer.api import DEVICES, Model
+from moltron.infer.api import Model
 from moltron.infer.engine import POOLINGS, Wanted, ahead
 from moltron.infer.windows import POLICIES, default_overlap
 from moltron.infer.writers import FORMATS, Column, Rows, is_done, write_output, write_shard
@@ -46,7 +46,7 @@ CHOICES = {
     "pooling": POOLINGS,
     "long": POLICIES,
     "dtype": ("float32", "float16"),
-    "device": DEVICES,
+    "device": collectives.DEVICES,
 }
 
 

@@ -29,10 +29,10 @@ from moltron.data.loader import BatchLoader
 from moltron.data.plan import EVALUATION_SEED, BatchPlan
 from moltron.data.readers import Reject, read_records
 from moltron.data.store import Store, StoreWriter
-from moltron.infer.api import DEVICES, Model
+from moltron.infer.api import Model
 from moltron.infer.reconstruct import Reconstruction
 from moltron.objectives import Limits, get_objective
-from moltron.parallel.collectives import all_reduce_sum, data_rank, data_world_size, init
+from moltron.parallel.collectives import DEVICES, all_reduce_sum, data_rank, data_world_size, init
 from moltron.tokenizers import Tokenizer
 
 log = get_logger(__name__)

@@ -157,15 +157,15 @@ class Generator:
         sent = torch.from_numpy(np.concatenate([hiddens[i] for i in distinct])).to(self.device)
         starts = np.cumsum(lengths[distinct]) - lengths[distinct]
         sizes = lengths[rows]
-        position = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        layout = Layout.of(sizes)
+        position = layout.positions.numpy()
         source = torch.from_numpy(np.repeat(starts[which], sizes) + position).to(self.device)
         memory_TD = sent.float().index_select(0, source)
         if settings.radius:
             states = rng.hash_u64(settings.seed, rng.NOISE, keys)
             token_states = rng.fold(np.repeat(states, sizes), position)
             memory_TD += settings.radius * normal(token_states, memory_TD.shape[1], self.device)
-        layout = Layout.of(sizes).each(lambda x: x.to(self.device))
-        return memory_TD.to(self.dtype), layout
+        return memory_TD.to(self.dtype), layout.each(lambda x: x.to(self.device))
 
     # ------------------------------------------------------------------------------------------ greedy and sampled
 

@@ -26,10 +26,11 @@ from moltron.common.manifest import write_json
 from moltron.config.schema import GenerateConfig
 from moltron.data.readers import Reject, read_records
 from moltron.data.store import Store
-from moltron.infer.api import Model, find_device
+from moltron.infer.api import Model
 from moltron.infer.chemistry import SEEDS, Judged, Judges, canonical, draw_grid, judge, molecule
 from moltron.infer.generate import Hypothesis
 from moltron.infer.sampling import METHODS, Sampling, interpolate
+from moltron.parallel.collectives import find_device
 from moltron.tokenizers import Tokenizer
 
 log = get_logger(__name__)

@@ -1,4 +1,4 @@
-"""The pre-norm Transformer block and the masked-LM head that the encoder families share, and the parts of both.
+"""The parts of a pre-norm Transformer block (stacks.py), the walk through blocks, and the encoder families' head.
 
 Knows nothing of vocabularies or families; sizes come as plain numbers.
 
@@ -16,27 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moltron.layers.attention import attend_qkv
-from moltron.layers.layout import Layout
 from moltron.layers.positions import Rotary, apply_rotary
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention. Rows of `qkv` are ordered (head, {q, k, v}, H): between heads they can be cut."""
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int | None = None, bias: bool = True):
-        """head_dim: None is hidden_size / num_heads."""
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, bias: bool):
         super().__init__()
-        self.head_dim = head_dim or hidden_size // num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * num_heads * self.head_dim, bias)
-        self.out = nn.Linear(num_heads * self.head_dim, hidden_size, bias)
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(hidden_size, 3 * num_heads * head_dim, bias)
+        self.out = nn.Linear(num_heads * head_dim, hidden_size, bias)
 
     def heads(self, x_TD: Tensor) -> Tensor:
         """(T, N, 3, H): q, k and v of every head, not rotated yet."""
         return self.qkv(x_TD).unflatten(-1, (-1, 3, self.head_dim))
-
-    def forward(self, x_TD: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
-        return self.out(attend_qkv(self.heads(x_TD), layout, rotary).flatten(1))
 
     def probabilities(self, x_TD: Tensor, rotary: Rotary) -> Tensor:
         """Softmax weights (N, T, T) in fp32; x_TD is one sequence."""
@@ -78,21 +72,6 @@ def _linear_activation(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, g
 @_linear_activation.register_fake
 def _(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, gelu: bool) -> Tensor:
     return x_TD.new_empty(x_TD.shape[0], weight_FD.shape[0])
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). gelu: "none" (exact, erf) or "tanh"."""
-
-    def __init__(self, hidden_size: int, num_heads: int, ffn_size: int, layer_norm_eps: float, gelu: str):
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(hidden_size, layer_norm_eps)
-        self.attention = SelfAttention(hidden_size, num_heads)
-        self.mlp_norm = nn.LayerNorm(hidden_size, layer_norm_eps)
-        self.mlp = FeedForward(hidden_size, ffn_size, gelu)
-
-    def forward(self, x_TD: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), layout, rotary)
-        return x_TD + self.mlp(self.mlp_norm(x_TD))
 
 
 def run_blocks(

@@ -3,7 +3,8 @@
     packed    x ── L × (self-attention, in a decoder attention to the memory, feed-forward) ── norm
     a step    one token a sequence; keys and values of the tokens before and of the memory stay in a Cache
 
-Knows nothing of vocabularies or families: a `Style` says how the blocks of both stacks are made.
+Its encoder block is that of the encoder families, too. Knows nothing of vocabularies or families: a `Style` says how
+blocks are made.
 
 T tokens (packed), S tokens of the memory, B sequences, D width, N heads, H head width, K keys of one sequence
 """
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from moltron.layers.attention import RelativeBias, attend, attend_qkv
 from moltron.layers.blocks import FeedForward, SelfAttention, run_blocks
 from moltron.layers.layout import Layout
+from moltron.layers.positions import Rotary
 
 Pair = tuple[Tensor, Tensor]  # keys and values, (B, N, K, H) each
 
@@ -98,7 +100,7 @@ class CrossAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """x + self-attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + self-attention(norm(x)), then x + feed-forward(norm(x)). Positions: a bias, or rotary, or in x already."""
 
     causal = False
 
@@ -110,16 +112,16 @@ class EncoderBlock(nn.Module):
         self.mlp_norm = style.norm()
         self.mlp = FeedForward(style.hidden_size, style.ffn_size, style.activation, style.bias)
 
-    def forward(self, x_TD: Tensor, layout: Layout, bias: RelativeBias | None) -> Tensor:
-        x_TD = x_TD + self.attend_own(x_TD, layout, bias)
+    def forward(self, x_TD: Tensor, layout: Layout, bias: RelativeBias | None, rotary: Rotary = None) -> Tensor:
+        x_TD = x_TD + self.attend_own(x_TD, layout, bias, rotary)
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
-    def attend_own(self, x_TD: Tensor, layout: Layout, bias: RelativeBias | None) -> Tensor:
+    def attend_own(self, x_TD: Tensor, layout: Layout, bias: RelativeBias | None, rotary: Rotary = None) -> Tensor:
         qkv_TN3H = self.attention.heads(self.attention_norm(x_TD))
         if self.causal or bias is not None or self.scale is not None:
             out_TNH = attend([qkv_TN3H], layout, layout, causal=self.causal, bias=bias, scale=self.scale)
         else:
-            out_TNH = attend_qkv(qkv_TN3H, layout, None)
+            out_TNH = attend_qkv(qkv_TN3H, layout, rotary)
         return self.attention.out(out_TNH.flatten(1))
 
 

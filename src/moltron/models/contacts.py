@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from moltron.layers.blocks import Block
+from moltron.layers.stacks import EncoderBlock
 from moltron.models.batch import PackedBatch
 from moltron.models.encoder import Encoder
 
@@ -32,9 +32,9 @@ def predict_contacts(model: Encoder, batch: PackedBatch) -> Tensor:
     rotary_one = None if rotary is None else (rotary[0][:length], rotary[1][:length])
     logits = head.bias.float()
     for weight_N, layer in zip(weight_LN, model.layers.values(), strict=True):
-        block = cast(Block, layer)
+        block = cast(EncoderBlock, layer)
         maps = block.attention.probabilities(block.attention_norm(x_TD[:length]), rotary_one)[:, 1:-1, 1:-1]
         maps = average_product_correction(maps + maps.transpose(-1, -2))
         logits = logits + torch.einsum("n,nqk->qk", weight_N, maps)
-        x_TD = block(x_TD, batch.layout, rotary)
+        x_TD = block(x_TD, batch.layout, None, rotary)
     return logits.sigmoid()

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moltron.layers.blocks import Block, MaskedLMHead, init_by_name, run_blocks
+from moltron.layers.blocks import MaskedLMHead, init_by_name, run_blocks
 from moltron.layers.positions import Rotary
+from moltron.layers.stacks import EncoderBlock, Style
 from moltron.models.batch import Output, PackedBatch
 from moltron.models.spec import ParallelPlan, block_plan
 
@@ -61,9 +62,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         padded_vocab = pad_to(config.vocab_size)
-        sizes = (config.hidden_size, config.num_heads, config.ffn_size, config.layer_norm_eps, gelu)
+        head_dim = config.hidden_size // config.num_heads
+        style = Style(config.hidden_size, config.num_heads, head_dim, config.ffn_size, config.layer_norm_eps, gelu)
         self.embed = nn.Embedding(padded_vocab, config.hidden_size)
-        self.layers = nn.ModuleDict({str(i): Block(*sizes) for i in range(config.num_layers)})
+        self.layers = nn.ModuleDict({str(i): EncoderBlock(style) for i in range(config.num_layers)})
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.head = MaskedLMHead(config.hidden_size, config.vocab_size, padded_vocab, config.layer_norm_eps, gelu)
         self.contact_head: nn.Linear | None = None  # fitted after training, so it takes no gradient
@@ -91,7 +93,8 @@ class Encoder(nn.Module):
         """streams: of a pipeline stage, what the stage before gave in `Output.streams`."""
         x_TD = streams[0] if streams else self.embed_tokens(batch)
         rotary = self.rotary(batch)
-        x_TD, hiddens = run_blocks(self.layers, self.norm, x_TD, batch.layout, rotary, hidden_layers=hidden_layers)
+        inputs = batch.layout, None, rotary
+        x_TD, hiddens = run_blocks(self.layers, self.norm, x_TD, *inputs, hidden_layers=hidden_layers)
         logits = None
         if self.head is not None and batch.target_positions is not None:
             logits = self.logits(x_TD.index_select(0, batch.target_positions))

@@ -44,11 +44,9 @@ class Denoising(Objective):
         super().__init__(config, tokenizer, seed)
         self.encoder_rows, self.decoder_rows = config.encoder_smiles, config.decoder_smiles
         self._start = rng.threshold(config.mask_prob)
-        probability, upto, bounds = exp(-config.mean_span), 0.0, []
-        for length in range(LONGEST):
-            upto += probability
-            bounds.append(rng.threshold(min(upto, 1.0)))
-            probability *= config.mean_span / (length + 1)
+        ratios = config.mean_span / np.arange(1, LONGEST)  # of the probability of a length to that of the one before
+        upto = np.cumsum(np.cumprod([exp(-config.mean_span), *ratios]))
+        bounds = [rng.threshold(min(probability, 1.0)) for probability in upto]
         self._bounds = np.array(bounds, dtype=np.uint64)  # a length is how many of them its bits reach
 
     @staticmethod
@@ -82,14 +80,11 @@ class Denoising(Objective):
     def batch(self, ids, lengths, records, epoch, *, tokens, limits, targets=None) -> PackedBatch:
         t = self.tokenizer
         masks = self._walk(lengths, records, epoch)
-        times = np.ones(len(ids) + 1, dtype=np.int64)
-        times[-1] = 0
-        edges = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.add.at(edges, masks.at, 1)
-        np.add.at(edges, masks.at + masks.covered, -1)
-        times[np.cumsum(edges) > 0] = 0
+        covered = np.repeat(masks.at, masks.covered) + within(masks.covered)
+        times = np.ones(len(ids), dtype=np.int64)  # how often the encoder reads each token
+        times[covered] = 0
         times[masks.at] = masks.masks
-        seen = np.append(ids, t.pad_id)
+        seen = ids.copy()
         seen[masks.at] = t.mask_id
         sizes = np.add.reduceat(times, np.cumsum(lengths) - lengths) if len(lengths) else lengths
         seen = np.repeat(seen, times)

@@ -78,13 +78,7 @@ class SpanCorruption(Objective):
         """The kept tokens, and in the place of each span, or before it, its sentinel."""
         at = np.flatnonzero(starts)
         before = np.cumsum(kept) - kept  # kept tokens before each place
-        stream = np.empty(int(np.count_nonzero(kept)) + len(at), dtype=np.int64)
-        is_token = np.ones(len(stream), dtype=bool)
-        places = before[at] + np.arange(len(at))
-        is_token[places] = False
-        stream[places] = self.tokenizer.sentinel_ids[number[at]]
-        stream[is_token] = ids[kept]
-        return stream
+        return np.insert(ids[kept], before[at], self.tokenizer.sentinel_ids[number[at]])
 
     def _spans(
         self, lengths: np.ndarray, records: np.ndarray, epoch: int, noise: np.ndarray, spans: np.ndarray

@@ -7,6 +7,7 @@ here works too. Nothing outside parallel/ and checkpoint/ touches torch.distribu
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+DEVICES = ("auto", "cpu", "cuda")
 _sharing = 1  # neighbouring ranks that work on one pack
 _stages = 1  # ranks of a pipeline, far from each other, that do, too
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """device: auto (CUDA if there is one) | cpu | cuda | cuda:1 … Raises ValueError where there is no such device."""
+    name, count = str(device), torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device={name} is unknown; there are: {', '.join(DEVICES)}")
+    if name != "cpu" and int(name[5:] or 0) >= count:
+        raise ValueError(
+            f"device={name}, but torch sees {count} CUDA devices: install a CUDA build of torch or set device=cpu"
+        )
+    return torch.device(name)
 
 
 def init(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
@@ -23,22 +39,18 @@ def init(device: str = "auto", timeout_minutes: float = 30) -> torch.device:
 
     A CPU backend (gloo) is always there, for small objects and asynchronous checkpoints; CUDA tensors go through NCCL.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no CUDA device: install a CUDA build of torch or set device=cpu")
-    local = torch.device("cpu")
-    if device == "cuda":
+    local = find_device(device)
+    if local.type == "cuda":
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
+        store, rank, world = dist.HashStore(), 0, 1
         if is_launched():
-            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-            dist.init_process_group(backend, store=_own_part(store), rank=rank, world_size=world, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            shared, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+            store = _own_part(shared)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return local
 
 

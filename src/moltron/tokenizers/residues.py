@@ -65,7 +65,7 @@ def clean(sequence: bytes) -> tuple[bytes, Counter[str]]:
 class ResidueTokenizer(Tokenizer):
     """One-letter residues among specials with longer names; a code is the ASCII letter.
 
-    residue_ids: (20,) the standard amino acids; cls_id: the first token of an encoder's input, for families with one.
+    residue_ids: (20,) the standard amino acids; bos_id: also the first token of an encoder's input, where there is one.
     """
 
     alphabet = "protein"
@@ -80,7 +80,6 @@ class ResidueTokenizer(Tokenizer):
         self.pad_id, self.unk_id = ids["<pad>"], ids["<unk>"]
         self.mask_id = None if mask is None else ids[mask]
         self.bos_id, self.eos_id = ids[bos], ids[eos]
-        self.cls_id = self.bos_id
         self.prefix = (self.bos_id,) if ends == "both" else ()
         self.suffix = () if ends == "none" else (self.eos_id,)
         sentinels = [ids[f"<extra_id_{i}>"] for i in range(sum("extra_id" in piece for piece in ids))]

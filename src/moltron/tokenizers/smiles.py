@@ -36,7 +36,6 @@ _CHEMISTRY = r"""
 _STEPS = [f"({a / 10:.1f}, {(a + 2) / 10:.1f}]" for a in range(-1, 59, 2)]
 _FALLS = [f"({a / 10:.1f}, {(a + 2) / 10:.1f}]" for a in range(-3, -59, -2)]
 _CHANGES = ("low->high", "high->low", "no_change")
-_SPACE = b" \t\r\n\v\f"
 
 
 class _Codes(dict[bytes, int]):
@@ -73,7 +72,7 @@ class SmilesTokenizer(Tokenizer):
 
     def clean(self, sequence: bytes) -> tuple[bytes, Counter[str]]:
         """Without white space; the molecule is taken as it is written. -> (SMILES, {"white_space": characters})."""
-        shorter = sequence.translate(None, _SPACE)
+        shorter = b"".join(sequence.split())
         return shorter, +Counter(white_space=len(sequence) - len(shorter))
 
     def split(self, sequence: bytes) -> list[bytes]:

@@ -73,11 +73,7 @@ class Tokenizer(ABC):
         """-> (n,) int64: `prefix`, the ids of the tokens as written (clean() first), `suffix`."""
         letters = sequence.encode("ascii", "replace") if isinstance(sequence, str) else sequence
         codes = np.frombuffer(self.codes(letters), dtype=np.uint8)
-        ids = np.empty(len(codes) + self.num_specials, dtype=np.int64)
-        first, end = len(self.prefix), len(self.prefix) + len(codes)
-        ids[:first], ids[end:] = self.prefix, self.suffix
-        ids[first:end] = self.table[codes]
-        return ids
+        return np.concatenate([self.prefix, self.table[codes], self.suffix], dtype=np.int64, casting="unsafe")
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without begin, end and padding; other specials as their names."""

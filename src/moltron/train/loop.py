@@ -110,8 +110,8 @@ class Trainer:
         objective = get_objective(config.objective, run.tokenizer, config.train.seed)
         if run.compiled:
             objective.compile()
-        decoder_tokens = meta.get("decoder_tokens", 0) if objective.streams == 2 else None
-        self.meter = Meter(meta.get("tokens", 0), meta.get("seconds", 0.0), peak, decoder_tokens)
+        totals = {name: meta.get(name, 0) for name in ("tokens", "decoder_tokens")[: objective.streams]}
+        self.meter = Meter(totals, meta.get("seconds", 0.0), peak)
         self.train_step = TrainStep(
             run.model,
             objective.loss,
@@ -232,8 +232,7 @@ class Trainer:
             raise NonFiniteError(self._report(reading))
         if not reading.finite and (self.scaler is None or not math.isfinite(reading.loss)):
             log.warning("Step %d skipped: loss %g, gradient norm %g", reading.step, reading.loss, reading.grad_norm)
-        decoder = reading.decoder_tokens, reading.decoder_padded
-        self.meter.add(reading.tokens, reading.padded, reading.flops, reading.seconds, decoder)
+        self.meter.add(reading.counts, reading.flops, reading.seconds)
         if not defer_line:
             if reading.step % self.config.train.log_every == 0:
                 self._write(self._line(reading))
@@ -247,23 +246,25 @@ class Trainer:
         """
         config, reading = self.config, self.reading
         assert reading is not None
-        val_loss, is_kept, reason, generated = None, False, "finished", {}
+        val_loss, is_kept, reason = None, False, "finished"
         is_eval = self.evaluator is not None and (step == last or step % config.train.eval_every == 0)
         is_logged = is_eval or step % config.train.log_every == 0 or step == last
-        line = self._line(reading) if is_logged else None  # its window ends here, before the evaluation
+        line = self._line(reading) if is_logged else {}  # its window ends here, before the evaluation
         if self.evaluator is not None and is_eval:
             with self.meter.part("eval"):
                 val_loss = self.val_loss = self.evaluator.loss(self.run_.model)
                 generated = self.evaluator.generated(self.run_.model)
             if not math.isfinite(val_loss):
                 raise NonFiniteError(f"step {step}: the validation loss is {val_loss}: {self._advice()}")
+            line |= {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)}
+            line |= {f"val_{name}": share for name, share in generated.items()}
             self.evals_since_best = 0 if val_loss < min(self.best, default=math.inf) else self.evals_since_best + 1
             self.best = sorted([*self.best, val_loss])[: max(config.checkpoint.keep_best, 1)]
             is_kept = val_loss in self.best and config.checkpoint.keep_best > 0
             if config.train.early_stop is not None and self.evals_since_best >= config.train.early_stop:
                 reason = "early_stop"
-        if line is not None:
-            self._write(line | {f"val_{name}": share for name, share in generated.items()}, val_loss)
+        if line:
+            self._write(line)
         if step == last or step % config.checkpoint.every == 0 or is_kept or reason != "finished":
             self._save(val_loss)
         if val_loss is not None and self.sinks is not None:
@@ -282,8 +283,7 @@ class Trainer:
                 "model": {"family": self.run_.spec.name, "config": dataclasses.asdict(self.run_.architecture)},
                 "step": self.step_done,
                 "position": self.position,
-                "tokens": self.meter.tokens,
-                **self._decoder_tokens(),
+                **self.meter.totals,
                 "seconds": self.meter.trained,
                 "updates": self.run_.optimizer.updates,
                 "skipped": self.skipped,
@@ -296,9 +296,7 @@ class Trainer:
             self.run_.manager.save(self.step_done, tensors, meta, val_loss)
             self.saved_step = self.step_done
 
-    def _write(self, line: dict[str, Any], val_loss: float | None = None) -> None:
-        if val_loss is not None:
-            line |= {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)}
+    def _write(self, line: dict[str, Any]) -> None:
         if self.sinks is not None:
             self.sinks.write(line)
 
@@ -311,17 +309,12 @@ class Trainer:
             "val_perplexity": None,
             "lr": reading.lr,
             "grad_norm": _number(reading.grad_norm),
-            "tokens": self.meter.tokens,
-            **self._decoder_tokens(),
+            **self.meter.totals,
             "skipped": self.skipped,
             **({"loss_scale": self.scaler.scale} if self.scaler is not None else {}),
             **self.meter.rates(),
             "memory": _peak_memory(self.run_.device),
         }
-
-    def _decoder_tokens(self) -> dict[str, int]:
-        """Nothing where there is no decoder."""
-        return {} if self.meter.decoder_tokens is None else {"decoder_tokens": self.meter.decoder_tokens}
 
     def _text(self) -> str:
         """What stands beside the bar."""
@@ -367,7 +360,8 @@ class Trainer:
 
     def _result(self, reason: str) -> TrainResult:
         loss, best = self.reading.loss if self.reading is not None else None, min(self.best, default=None)
-        return TrainResult(self.run_.folder, self.step_done, self.meter.tokens, reason, loss, self.val_loss, best)
+        tokens = self.meter.totals["tokens"]
+        return TrainResult(self.run_.folder, self.step_done, tokens, reason, loss, self.val_loss, best)
 
 
 def _number(value: float) -> float | None:

@@ -12,7 +12,8 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,7 @@ PEAK_FLOPS = (
     ("H100 PCIe", 7.56e14),
     ("H100 NVL", 8.35e14),
     ("H100", 9.89e14),
-    ("H200", 9.89e14),
-    ("GH200", 9.89e14),
+    ("H200", 9.89e14),  # and GH200
     ("A100", 3.12e14),
     ("L40S", 3.62e14),
     ("L4", 1.21e14),
@@ -53,18 +53,16 @@ def perplexity(loss: float) -> float:
 class Meter:
     """Sums over a window of steps and the time that its parts took."""
 
-    def __init__(
-        self, tokens: int = 0, trained: float = 0.0, peak: float | None = None, decoder_tokens: int | None = None
-    ):
-        """tokens, trained: real tokens and seconds of the run so far, all its lives. peak: FLOP/s of all devices
-        together, where it is known. decoder_tokens: those of the second stream so far; None: there is none."""
-        self.tokens, self.trained, self.peak, self.decoder_tokens = tokens, trained, peak, decoder_tokens
+    def __init__(self, totals: Mapping[str, int], trained: float = 0.0, peak: float | None = None):
+        """totals, trained: real tokens of each stream and seconds of the run so far, all its lives. peak: FLOP/s of all
+        devices together, where it is known."""
+        self.totals, self.trained, self.peak = dict(totals), trained, peak
         self.now = 0.0  # when the last step that was added ended
         self.reset(time.perf_counter())
 
     def reset(self, now: float) -> None:
         self.began = self.now = now
-        self.window_tokens = self.window_padded = self.window_decoder_tokens = self.window_decoder_padded = 0
+        self.window: Counter[str] = Counter()  # tokens, by kind
         self.window_flops = 0.0
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
@@ -74,35 +72,26 @@ class Meter:
         yield
         self.seconds[name] += time.perf_counter() - began
 
-    def add(
-        self, tokens: int, padded: int, flops: float, seconds: float | None = None, decoder: tuple[int, int] = (0, 0)
-    ) -> None:
-        """One step over all ranks: real tokens, tokens with filler, FLOPs of the real tokens.
-
-        decoder: real tokens, and tokens with filler, of the second stream.
+    def add(self, counts: Mapping[str, int], flops: float, seconds: float | None = None) -> None:
+        """One step over all ranks: real tokens and tokens with filler of each stream, FLOPs of the real tokens.
 
         seconds: from the end of the step before to the end of this one; None: it has just ended.
         """
         self.now = time.perf_counter() if seconds is None else self.now + seconds
-        self.tokens += tokens
-        self.window_tokens += tokens
-        self.window_padded += padded
+        self.window.update(counts)
         self.window_flops += flops
-        if self.decoder_tokens is not None:
-            self.decoder_tokens += decoder[0]
-            self.window_decoder_tokens += decoder[0]
-            self.window_decoder_padded += decoder[1]
+        for name in self.totals:
+            self.totals[name] += counts[name]
 
     def rates(self) -> dict[str, float | None]:
         """The window's rates and shares, up to the end of the last step added; begins the next window there."""
         wall = max(self.now - self.began, 1e-9)
         seconds = max(wall - self.seconds["eval"], 1e-9)
         self.trained += seconds
+        kinds = [kind for name in self.totals for kind in (name, f"padded_{name}")]
         rates: dict[str, float | None] = {
             "seconds": self.trained,
-            "tokens_per_second": self.window_tokens / seconds,
-            "padded_tokens_per_second": self.window_padded / seconds,
-            **self._decoder_rates(seconds),
+            **{f"{kind}_per_second": self.window[kind] / seconds for kind in kinds},
             "data_wait": self.seconds["data"] / wall,
             "share_compute": max(1 - sum(self.seconds.values()) / wall, 0.0),
             "share_eval": self.seconds["eval"] / wall,
@@ -112,42 +101,21 @@ class Meter:
         self.reset(self.now)
         return rates
 
-    def _decoder_rates(self, seconds: float) -> dict[str, float | None]:
-        if self.decoder_tokens is None:
-            return {}
-        return {
-            "decoder_tokens_per_second": self.window_decoder_tokens / seconds,
-            "padded_decoder_tokens_per_second": self.window_decoder_padded / seconds,
-        }
 
+def rewind(path: Path, step: int) -> list[dict[str, Any]]:
+    """Of metrics.jsonl, drop a half-written line and all lines after `step`: a resumed run writes them again.
 
-class MetricsFile:
-    """metrics.jsonl: a line is on disk when `append` returns to the operating system; a torn last line is dropped."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def append(self, line: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def read(self) -> list[dict[str, Any]]:
-        """All whole lines."""
-        if not self.path.exists():
-            return []
-        lines = []
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+    Returns what stays.
+    """
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(json.JSONDecodeError):
                 lines.append(json.loads(text))
-        return lines
-
-    def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop a half-written line and all lines after `step`: a resumed run writes them again. Returns what stays."""
-        kept = [line for line in self.read() if line["step"] <= step]
-        if self.path.exists():
-            with staged_file(self.path) as partial:
-                partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        return kept
+        lines = [line for line in lines if line["step"] <= step]
+        with staged_file(path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return lines
 
 
 class Sinks:
@@ -156,8 +124,8 @@ class Sinks:
     def __init__(self, run_dir: Path, logging: LoggingConfig, config: dict[str, Any], step: int):
         """step: the last one done; lines after it, of a life that was cut off, are dropped."""
         self.run_dir = run_dir
-        self.file = MetricsFile(run_dir / "metrics.jsonl")
-        self.lines = self.file.rewind(step)
+        self.file = run_dir / "metrics.jsonl"
+        self.lines = rewind(self.file, step)
         self.tensorboard = self.wandb = None
         if logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -168,7 +136,8 @@ class Sinks:
 
     def write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
-        self.file.append(line)
+        with open(self.file, "a", encoding="utf-8") as file:  # on disk when this returns to the operating system
+            file.write(json.dumps(line) + "\n")
         numbers = {key: value for key, value in line.items() if key != "step" and value is not None}
         if self.tensorboard is not None:
             for key, value in numbers.items():

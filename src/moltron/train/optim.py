@@ -181,10 +181,6 @@ class Optimizer:
             muon.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in hidden})
             self.optimizers.append((muon, config.muon_lr / peak))
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.names)
-
     def step(self, lr: float) -> None:
         for optimizer, scale in self.optimizers:
             for group in optimizer.param_groups:

@@ -101,13 +101,14 @@ def build_run(config: TrainConfig, device: torch.device, source: Source | None) 
     folder = Path(config.run_dir)
     collectives.share_packs(config.parallel.cp * config.parallel.tp, config.parallel.pp)
     _warn(config)
-    stores = _open_stores(config)
-    _check_same_run(config, folder, stores)
-
     family, architecture = model_section(config)
     assert family is not None
-    spec, precision = get_spec(family), resolve_precision(config.train.precision, device, TRAINED)
     model_config = make_config(family, architecture)
+    tokenizer = get_tokenizer(model_config.tokenizer)
+    stores = _open_stores(config, tokenizer.alphabet)
+    _check_same_run(config, folder, stores)
+
+    spec, precision = get_spec(family), resolve_precision(config.train.precision, device, TRAINED)
     can_compile = compiles(model_config, precision, device.type) and not splits_backward(config.parallel)
     if config.train.compile and not can_compile:
         needs = "CUDA, train.precision=bf16, fp16 or fp8, no relative biases, and heads of a multiple of 8 up to 128"
@@ -138,7 +139,7 @@ def build_run(config: TrainConfig, device: torch.device, source: Source | None) 
         spec=spec,
         architecture=model_config,
         model=model,
-        tokenizer=get_tokenizer(model_config.tokenizer),
+        tokenizer=tokenizer,
         train_store=stores["train"],
         val_store=stores.get("val"),
         optimizer=optim.Optimizer(
@@ -171,8 +172,8 @@ def _warn(config: TrainConfig) -> None:
         log.warning("batch.packs=%d on %d processes: a step takes as long as one of %d packs", packs, world, whole)
 
 
-def _open_stores(config: TrainConfig) -> dict[str, Store]:
-    """train and, where there is one, val. Rank 0 goes first: it may have to write an index."""
+def _open_stores(config: TrainConfig, alphabet: str) -> dict[str, Store]:
+    """train and, where there is one, val. Rank 0 goes first: it may have to write an index. alphabet: the model's."""
     stores: dict[str, Store] = {}
     for is_turn in (collectives.rank() == 0, collectives.rank() != 0):
         if is_turn:
@@ -181,7 +182,6 @@ def _open_stores(config: TrainConfig) -> dict[str, Store]:
                 if file.is_file():
                     stores[split] = Store.open(file, config.data.cache_dir)
         collectives.barrier()
-    alphabet = get_tokenizer(make_config(*model_section(config)).tokenizer).alphabet  # type: ignore[arg-type]
     if stores["train"].alphabet != alphabet:
         raise ValueError(f"{stores['train'].path} holds {stores['train'].alphabet}s, the model reads {alphabet}s")
     if not len(stores["train"]):  # said before the run is bound to this data

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,9 @@ from moltron.parallel.graphs import Graphed
 from moltron.parallel.pipeline import pipeline_of
 from moltron.train.optim import Optimizer
 
-# Of a step, over all ranks; tokens and padded are of the encoder, or of the one stream there is
-GLOBAL = ("loss", "targets", "tokens", "padded", "decoder_tokens", "decoder_padded", "flops", "stop", "grad_norm")
+# Of a step, over all ranks: tokens of the encoder, or of the one stream there is, without and with filler, and so on
+COUNTS = ("tokens", "padded_tokens", "decoder_tokens", "padded_decoder_tokens")
+GLOBAL = ("loss", "targets", *COUNTS, "flops", "stop", "grad_norm")
 
 
 class NonFiniteError(ValueError):
@@ -58,6 +59,7 @@ class LossScaler:
 class Reading:
     """A finished step, in plain numbers. loss: mean over all targets of all ranks. packs: this rank's loss sums.
 
+    counts: COUNTS of all ranks.
     seconds: from the end of the step before to the end of this one, by the GPU's own clock; None: it has just ended.
     """
 
@@ -65,16 +67,17 @@ class Reading:
     lr: float
     loss: float
     grad_norm: float
-    tokens: int
-    padded: int
-    decoder_tokens: int
-    decoder_padded: int
+    counts: dict[str, int]
     flops: float
     stop: bool
     skipped: bool
     packs: list[float]
     records: list[np.ndarray]
     seconds: float | None
+
+    @property
+    def tokens(self) -> int:
+        return self.counts["tokens"]
 
     @property
     def finite(self) -> bool:
@@ -92,32 +95,26 @@ class Pending:
     skipped: bool = False
     event: Any = None
     event_before: Any = None
-    reading: Reading | None = field(default=None, repr=False)
 
     def read(self) -> Reading:
         """Wait for the numbers of this step."""
-        if self.reading is None:
-            if self.event is not None:
-                self.event.synchronize()
-            numbers = self.values.tolist()
-            named = dict(zip(GLOBAL, numbers, strict=False))
-            self.reading = Reading(
-                step=self.step,
-                lr=self.lr,
-                loss=named["loss"] / max(named["targets"], 1.0),
-                grad_norm=named["grad_norm"],
-                tokens=int(named["tokens"]),
-                padded=int(named["padded"]),
-                decoder_tokens=int(named["decoder_tokens"]),
-                decoder_padded=int(named["decoder_padded"]),
-                flops=named["flops"],
-                stop=named["stop"] > 0,
-                skipped=self.skipped,
-                packs=numbers[len(GLOBAL) :],
-                records=self.records,
-                seconds=self.event_before.elapsed_time(self.event) / 1e3 if self.event_before else None,
-            )
-        return self.reading
+        if self.event is not None:
+            self.event.synchronize()
+        numbers = self.values.tolist()
+        named = dict(zip(GLOBAL, numbers, strict=False))
+        return Reading(
+            step=self.step,
+            lr=self.lr,
+            loss=named["loss"] / max(named["targets"], 1.0),
+            grad_norm=named["grad_norm"],
+            counts={name: int(named[name]) for name in COUNTS},
+            flops=named["flops"],
+            stop=named["stop"] > 0,
+            skipped=self.skipped,
+            packs=numbers[len(GLOBAL) :],
+            records=self.records,
+            seconds=self.event_before.elapsed_time(self.event) / 1e3 if self.event_before else None,
+        )
 
 
 class TrainStep:
@@ -159,7 +156,7 @@ class TrainStep:
         skipped = not self._may_update(norm, totals[0])
         if not skipped:
             if self.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.optimizer.parameters, self.clip, norm)
+                torch.nn.utils.clip_grads_with_norm_(self.optimizer.names, self.clip, norm)
             self.optimizer.step(lr)
         self.optimizer.zero_grad(keep=self.graphed is not None)
         return self._pending(step, lr, torch.cat((totals, packs)), [b.records for b in batches], skipped)

@@ -108,7 +108,7 @@ def test_batches_hold_the_records_letters(store, sequences):
         for batch in step.batches:
             assert batch.ids.shape == (T,) and (batch.ids[batch.num_tokens :] == TOKENIZER.pad_id).all()
             for record, ids in split(batch):
-                assert (ids[0], ids[-1]) == (TOKENIZER.cls_id, TOKENIZER.eos_id)
+                assert (ids[0], ids[-1]) == (TOKENIZER.bos_id, TOKENIZER.eos_id)
                 text, whole = TOKENIZER.decode(ids[1:-1]).encode(), sequences[record]
                 assert text in whole and len(text) == min(len(whole), MAX_LENGTH - 2)
 

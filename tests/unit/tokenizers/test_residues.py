@@ -22,7 +22,7 @@ def test_esm2_ids_are_those_of_transformers(tmp_path):
     for sequence in SEQUENCES:
         assert ours.encode(sequence).tolist() == theirs(sequence)["input_ids"]
         assert ours.decode(ours.encode(sequence)) == sequence
-    assert (ours.cls_id, ours.eos_id, ours.pad_id, ours.mask_id, ours.unk_id) == (
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.mask_id, ours.unk_id) == (
         theirs.cls_token_id,
         theirs.eos_token_id,
         theirs.pad_token_id,
@@ -89,10 +89,10 @@ def test_specials_and_residues(name):
     assert all(tokenizer.pieces[i].startswith("<") for i in tokenizer.special_ids)
     assert len(tokenizer.special_ids) == sum(piece.startswith("<") for piece in tokenizer.pieces)
     assert tokenizer.table.shape == (256,) and tokenizer.table.dtype == np.uint8
-    assert tokenizer.prefix == (tokenizer.cls_id,) == (tokenizer.bos_id,) and tokenizer.suffix == (tokenizer.eos_id,)
+    assert tokenizer.prefix == (tokenizer.bos_id,) and tokenizer.suffix == (tokenizer.eos_id,)
     assert tokenizer.encode(b"mJ*\xff").tolist()[1:-1] == [tokenizer.unk_id] * 4
     assert tokenizer.encode("é").tolist()[1:-1] == [tokenizer.unk_id]
-    assert tokenizer.decode([tokenizer.cls_id, tokenizer.mask_id, 5, tokenizer.eos_id, tokenizer.pad_id]).startswith(
+    assert tokenizer.decode([tokenizer.bos_id, tokenizer.mask_id, 5, tokenizer.eos_id, tokenizer.pad_id]).startswith(
         "<m"
     )
 

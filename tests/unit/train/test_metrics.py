@@ -7,30 +7,32 @@ import pytest
 
 from moltron.config.schema import LoggingConfig
 from moltron.train import metrics
-from moltron.train.metrics import Meter, MetricsFile, Sinks, draw_loss_curve, peak_flops, perplexity
+from moltron.train.metrics import Meter, Sinks, draw_loss_curve, peak_flops, perplexity, rewind
 
 
 def test_rewind_drops_a_torn_line_and_the_future(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl")
-    assert file.rewind(0) == []
+    path = tmp_path / "metrics.jsonl"
+    assert rewind(path, 0) == []
+    sinks = Sinks(tmp_path, LoggingConfig(tensorboard=False), {}, step=0)
     for step in (2, 4, 6):
-        file.append({"step": step, "train_loss": 1.0})
-    with open(file.path, "a") as torn:
-        torn.write('{"step": 8, "tr')
-    assert [line["step"] for line in file.read()] == [2, 4, 6]
-    assert [line["step"] for line in file.rewind(4)] == [2, 4]
-    file.append({"step": 6, "train_loss": 2.0})
-    assert [json.loads(text)["step"] for text in file.path.read_text().splitlines()] == [2, 4, 6]
+        sinks.write({"step": step, "train_loss": 1.0})
+    torn = '{"step": 8, "tr'
+    with open(path, "a") as file:
+        file.write(torn)
+    assert [line["step"] for line in rewind(path, 9)] == [2, 4, 6] and torn not in path.read_text()
+    assert [line["step"] for line in rewind(path, 4)] == [2, 4]
+    sinks.write({"step": 6, "train_loss": 2.0})
+    assert [json.loads(text)["step"] for text in path.read_text().splitlines()] == [2, 4, 6]
 
 
 def test_meter_rates(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 4.0, 10.0]).__next__
     monkeypatch.setattr(metrics.time, "perf_counter", clock)
-    meter = Meter(tokens=100, peak=2000.0)
+    meter = Meter({"tokens": 100}, peak=2000.0)
     with meter.part("eval"):  # 2 seconds
         pass
-    meter.add(tokens=300, padded=500, flops=3000.0)  # ended now, at 4
-    meter.add(tokens=500, padded=500, flops=5000.0, seconds=6.0)  # ended at 10, whatever the host's clock says
+    meter.add({"tokens": 300, "padded_tokens": 500}, flops=3000.0)  # ended now, at 4
+    meter.add({"tokens": 500, "padded_tokens": 500}, flops=5000.0, seconds=6.0)  # at 10, whatever the host's clock says
     rates = meter.rates()
     assert rates["seconds"] == 8 and meter.trained == 8
     assert rates["tokens_per_second"] == 800 / 8  # 10 seconds without 2 of evaluation
@@ -38,15 +40,16 @@ def test_meter_rates(monkeypatch):
     assert (rates["share_eval"], rates["data_wait"]) == (0.2, 0.0)
     assert rates["mfu"] == 0.5
     assert rates["share_compute"] == pytest.approx(0.8)
-    assert meter.tokens == 900
-    assert (meter.window_tokens, meter.window_flops, meter.began) == (0, 0.0, 10.0)
-    assert Meter().rates()["mfu"] is None
+    assert meter.totals == {"tokens": 900}
+    assert (meter.window.total(), meter.window_flops, meter.began) == (0, 0.0, 10.0)
+    assert Meter({"tokens": 0}).rates()["mfu"] is None
 
 
 def test_peak_flops_by_name():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 9.89e14
     assert peak_flops("NVIDIA H100 PCIe") == 7.56e14
     assert peak_flops("NVIDIA L40S") == 3.62e14
+    assert peak_flops("NVIDIA GH200 480GB") == 9.89e14
     assert peak_flops("Some CPU") is None
 
 

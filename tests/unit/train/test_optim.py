@@ -45,7 +45,7 @@ def test_weight_decay_is_on_matrices_only(name, state):
     model = tiny(hidden_size=64)
     optimizer = Optimizer(model, PLAN, OptimConfig(name=name, state=state, weight_decay=0.5), peak=1.0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    for p in optimizer.parameters:
+    for p in optimizer.names:
         p.grad = torch.zeros_like(p)
     optimizer.step(0.1)
     for n, p in model.named_parameters():

@@ -64,7 +64,7 @@ def test_micro_batches_weigh_by_their_targets(parts, scaler, monkeypatch):
     packs = [s.item() for s, _ in sums]
     assert reading.loss == pytest.approx(sum(packs) / count)
     assert reading.packs == pytest.approx(packs)
-    assert (reading.tokens, reading.padded) == (84, 144)
+    assert (reading.tokens, reading.counts["padded_tokens"]) == (84, 144)
     squares = 20**2 + 7**2 + 12**2 + 40**2 + 5**2
     assert reading.flops == pytest.approx(3 * (24 * 16**2 * 84 + 4 * 16 * squares))
     assert [r.tolist() for r in reading.records] == [[0, 1, 2], [10], [20]]
@@ -78,7 +78,7 @@ def test_clipping_is_to_the_global_norm(parts, monkeypatch):
     monkeypatch.setattr(
         step.optimizer,
         "step",
-        lambda lr: norms.append(torch.cat([p.grad.flatten() for p in step.optimizer.parameters]).norm().item()),
+        lambda lr: norms.append(torch.cat([p.grad.flatten() for p in step.optimizer.names]).norm().item()),
     )
     reading = step(1, batches, 20, lr=0.5).read()
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
