@@ -68,7 +68,7 @@ class _Pack(NamedTuple):
     """
 
     batch: PackedBatch
-    pieces: np.ndarray
+    pieces: np.ndarray | slice
     kept: np.ndarray
     pooled: Tensor
 
@@ -129,13 +129,14 @@ class Encoder:
         pooled = {layer: np.empty((len(ids), self._width), dtype=np.float32) for layer in pooled_layers}
         hiddens = {layer: [np.empty(0)] * len(ids) for layer in (wanted.layers if wanted.hiddens else ())}
         logits = [np.empty(0)] * len(ids) if wanted.logits else []
+        numbers = np.arange(len(ids))
         by_row = {("hiddens", layer): rows for layer, rows in hiddens.items()}
         by_row |= {("logits", -1): logits} if wanted.logits else {}
         for pack, arrays in self._run(self._packs(ids, lengths, keep, wanted), wanted):
             for layer in pooled_layers:
                 pooled[layer][pack.pieces] = arrays["pooled", layer]
             for key, rows in by_row.items():
-                for piece, (begin, end) in zip(pack.pieces.tolist(), pack.kept.tolist(), strict=True):
+                for piece, (begin, end) in zip(numbers[pack.pieces].tolist(), pack.kept.tolist(), strict=True):
                     rows[piece] = arrays[key][begin:end].copy()
         return Encoded(pooled, hiddens, logits)
 
@@ -144,27 +145,31 @@ class Encoder:
     def _packs(
         self, ids: Sequence[np.ndarray], lengths: np.ndarray, keep: np.ndarray, wanted: Wanted
     ) -> Iterator[_Pack]:
-        on_cuda = self._copies is not None
-        order = np.arange(len(ids)) if on_cuda else np.argsort(-lengths, kind="stable")
-        ends = np.cumsum(lengths[order])
+        order = np.argsort(-lengths, kind="stable") if self._copies is None else None
+        ends = np.cumsum(lengths if order is None else lengths[order])
         begin = done = 0
         while begin < len(ids):
-            budget = max(self.tokens, _round_up(int(lengths[order[begin]])))
+            first = int(lengths[begin if order is None else order[begin]])
+            budget = max(self.tokens, _round_up(first))
             end = int(np.searchsorted(ends, done + budget, side="right"))
-            pieces = order[begin:end]
+            pieces = slice(begin, end) if order is None else order[begin:end]
             tokens, sizes = _round_up(int(ends[end - 1]) - done), lengths[pieces]
             longest, begin, done = int(sizes.max()), end, int(ends[end - 1])
-            if on_cuda:  # one shape a run, a power of two where there is little; `longest` takes few values
+            if order is None:  # one shape a run, a power of two where there is little; `longest` takes few values
                 tokens = budget if ends[-1] > budget else min(budget, max(QUANTUM, _power_of_two(int(ends[-1]))))
                 longest = max(128, _power_of_two(longest))
-            settings: Any = dict(tokens=tokens, pad_id=self.pad_id, max_length=longest, pin=on_cuda)
-            batch = PackedBatch.pack([ids[piece] for piece in pieces.tolist()], sizes, **settings)
+            settings: Any = dict(tokens=tokens, pad_id=self.pad_id, max_length=longest, pin=order is None)
+            chosen = ids[pieces] if isinstance(pieces, slice) else [ids[piece] for piece in pieces.tolist()]
+            batch = PackedBatch.pack(chosen, sizes, **settings)
             starts = (np.cumsum(sizes) - sizes)[:, None]
             kept = starts + keep[pieces]
-            num_runs = len(batch.layout.lengths) if on_cuda else len(pieces)
-            pooled = torch.zeros(num_runs, 2, dtype=torch.int32, pin_memory=on_cuda)
-            pooled.numpy()[: len(pieces)] = np.add(starts, [0, 1]) if wanted.pooling == "cls" else kept
-            yield _Pack(batch, pieces, kept, pooled)
+            pooled = np.add(starts, [0, 1]) if wanted.pooling == "cls" else kept
+            if self._copies is None:
+                yield _Pack(batch, pieces, kept, torch.from_numpy(pooled.astype(np.int32)))
+            else:
+                runs = torch.zeros(len(batch.layout.lengths), 2, dtype=torch.int32, pin_memory=True)
+                runs.numpy()[: len(sizes)] = pooled
+                yield _Pack(batch, pieces, kept, runs)
 
     # ------------------------------------------------------------------------------------------------------ device
 
