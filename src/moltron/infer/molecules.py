@@ -3,8 +3,8 @@
     read_records ──clean, RDKit──> seeds ──Model.hiddens──> explore | interpolate ──> SMILES ──judge──> OUTPUT.csv
          └── broken, too long ──> OUTPUT.csv.rejects.tsv                OUTPUT.json (report), OUTPUT.png (molecules)
 
-In memory: one chunk of seeds, and the canonical SMILES of the reference and of all that was made. What is made of a
-seed depends on its number in the input, never on how the work is cut up.
+In memory: one chunk of seeds, and the canonical SMILES of the reference. What is made of a seed depends on its number
+in the input, never on how the work is cut up; a command that was stopped goes on after its last chunk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import csv
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moltron.checkpoint.weights import load_pretrained
+from moltron.common.lock import locked
 from moltron.common.logging import Progress, get_logger, setup_logging
-from moltron.common.manifest import write_json
+from moltron.common.manifest import fsync, read_json, write_json
 from moltron.config.schema import GenerateConfig
 from moltron.data.readers import Reject, read_records
 from moltron.data.store import Store
@@ -62,42 +63,97 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     if model.tokenizer.alphabet != "molecule":
         raise ValueError(f"model={config.model} is of {model.tokenizer.alphabet}s: `generate` makes molecules")
     _ = model.generator  # raises where there is no decoder
-    output.parent.mkdir(parents=True, exist_ok=True)
-    tally, rejected = Tally(), 0
-    partial, rejects = (output.with_name(f"{output.name}.{name}") for name in ("partial", "rejects.tsv"))
-    with ExitStack() as stack:
-        table = csv.writer(stack.enter_context(open(partial, "w", newline="", encoding="utf-8")), lineterminator="\n")
-        bad = csv.writer(stack.enter_context(open(rejects, "w", encoding="utf-8")), "excel-tab", lineterminator="\n")
-        judging = stack.enter_context(Judges())
-        progress = stack.enter_context(Progress("generate", None))
-        reference = _reference(config, judging, model.tokenizer)
-        table.writerow(COLUMNS)
-        bad.writerow(["id", "source", "line", "reason"])
-        a_seed = config.num_samples if config.method == INTERPOLATE else sampling.copies * sampling.kept
-        for seeds, bad_ones in _chunks(config, model, max(1, CHUNK // a_seed)):
-            rejected += len(bad_ones)
-            bad.writerows(bad_ones)
-            if config.method == INTERPOLATE:
-                groups = _between(model, seeds, sampling, config.num_samples)
-            else:
-                groups = _near(model, seeds, sampling)
-            _write(table, groups, tally, judging, reference)
-            progress.update(tally.generated, "molecules")
-    if not tally.generated:
-        partial.unlink()
-        need = "two molecules" if config.method == INTERPOLATE else "one molecule"
-        raise ValueError(f"input={config.input} has not {need} that the model can read; see {rejects}")
-    if not rejected:
-        rejects.unlink()
-    else:
-        log.warning("%d records were rejected, see %s", rejected, rejects)
-    settings = {key: value for key, value in asdict(config).items() if key not in ("output", "overwrite")}
-    report = {**tally.report(), "rejected": rejected, **settings, "reference": config.reference or "the input"}
-    write_json(output.with_suffix(".json"), report)
-    draw_grid(output.with_suffix(".png"), tally.shown)
-    os.replace(partial, output)
-    log.info("%d molecules in %s, a picture in %s", tally.generated, output, output.with_suffix(".png"))
-    return report
+    with locked(output.with_name(output.name + ".lock"), 0, lambda problem: problem):
+        return _Job(config, model, sampling).run()
+
+
+class _Job:
+    """What is asked for, and how far it has come: after each chunk, on the disk."""
+
+    def __init__(self, config: GenerateConfig, model: Model, sampling: Sampling):
+        self.config, self.model, self.sampling, self.output = config, model, sampling, Path(config.output)
+        names = ("partial", "rejects.tsv", "partial.json")
+        self.partial, self.rejects, self.file = (self.output.with_name(f"{self.output.name}.{n}") for n in names)
+        self.settings = {key: value for key, value in asdict(config).items() if key not in ("output", "overwrite")}
+        self.tally = Tally()
+        self.last: list[Any] = []  # seed of each chunk that is done
+        self.sizes = 0, 0
+        state = read_json(self.file) if self.file.exists() else None
+        if state is not None and state["settings"] != self.settings:
+            log.warning("%s was begun with other settings: starting anew", self.partial)
+            self.file.unlink()
+        elif state is not None:
+            self.tally, self.last, self.sizes = Tally(**state["tally"]), state["last"], state["sizes"]
+            self.tally.shown = [(seed, [Judged(*j) for j in found]) for seed, found in self.tally.shown]
+            log.info("Going on after %d molecules that %s has", self.tally.generated, self.partial)
+
+    def run(self) -> dict[str, Any]:
+        config, tally = self.config, self.tally
+        with ExitStack() as stack:
+            files = []
+            for path, size in zip((self.partial, self.rejects), self.sizes, strict=True):
+                files.append(stack.enter_context(open(path, "a", newline="", encoding="utf-8")))
+                if path.stat().st_size < size:
+                    raise ValueError(f"{path} is shorter than {self.file} says: delete that one to start anew")
+                os.truncate(path, size)
+            table = csv.writer(files[0], lineterminator="\n")
+            bad = csv.writer(files[1], "excel-tab", lineterminator="\n")
+            judging = stack.enter_context(Judges())
+            progress = stack.enter_context(Progress("generate", None))
+            reference = _reference(config, judging, self.model.tokenizer)
+            if not self.last:
+                table.writerow(COLUMNS)
+                bad.writerow(["id", "source", "line", "reason"])
+            a_seed = config.num_samples if config.method == INTERPOLATE else self.sampling.copies * self.sampling.kept
+            for i, (seeds, bad_ones) in enumerate(_chunks(config, self.model, max(1, CHUNK // a_seed))):
+                if i < len(self.last):
+                    self._compare(i, seeds)
+                    continue
+                tally.rejected += len(bad_ones)
+                bad.writerows(bad_ones)
+                if config.method == INTERPOLATE:
+                    groups = _between(self.model, seeds, self.sampling, config.num_samples)
+                else:
+                    groups = _near(self.model, seeds, self.sampling)
+                _write(table, groups, tally, judging, reference)
+                self._keep(seeds, files)
+                progress.update(tally.generated, "molecules")
+        return self._end()
+
+    def _compare(self, i: int, seeds: list[Seed]) -> None:
+        if (found := [*seeds[-1]] if seeds else []) != self.last[i]:
+            raise ValueError(
+                f"input={self.config.input} is not what {self.partial} was begun with, {found} where {self.last[i]} "
+                f"was: delete {self.file} to start anew"
+            )
+
+    def _keep(self, seeds: list[Seed], files: list[Any]) -> None:
+        """What the files have now is not made again."""
+        for file in files:
+            file.flush()
+            fsync(file.name)
+        self.last.append([*seeds[-1]] if seeds else [])
+        sizes = [os.path.getsize(file.name) for file in files]
+        write_json(self.file, dict(settings=self.settings, tally=asdict(self.tally), last=self.last, sizes=sizes))
+
+    def _end(self) -> dict[str, Any]:
+        config, tally, output = self.config, self.tally, self.output
+        if not tally.generated:
+            self.partial.unlink()
+            self.file.unlink(missing_ok=True)
+            need = "two molecules" if config.method == INTERPOLATE else "one molecule"
+            raise ValueError(f"input={config.input} has not {need} that the model can read; see {self.rejects}")
+        if not tally.rejected:
+            self.rejects.unlink()
+        else:
+            log.warning("%d records were rejected, see %s", tally.rejected, self.rejects)
+        report = {**tally.report(), **self.settings, "reference": config.reference or "the input"}
+        write_json(output.with_suffix(".json"), report)
+        draw_grid(output.with_suffix(".png"), tally.shown)
+        self.file.unlink()
+        os.replace(self.partial, output)
+        log.info("%d molecules in %s, a picture in %s", tally.generated, output, output.with_suffix(".png"))
+        return report
 
 
 def _check(config: GenerateConfig) -> Sampling:
@@ -192,14 +248,21 @@ def _write(table: Any, groups: Iterator[Group], tally: Tally, judging: Judges, r
             table.writerow((*start, *numbers, int(new)))
 
 
+@dataclass
 class Tally:
-    """Counts for the report, and what the picture shows."""
+    """Counts and sums for the report, and what the picture shows. uniqueness: over `unique` seeds."""
 
-    def __init__(self) -> None:
-        self.seeds = self.generated = self.valid = self.novel = self.nuv = 0
-        self.uniqueness: list[float] = []
-        self.qed = self.similarity = 0.0
-        self.shown: list[tuple[str, list[Judged]]] = []
+    seeds: int = 0
+    generated: int = 0
+    rejected: int = 0
+    valid: int = 0
+    novel: int = 0
+    nuv: int = 0
+    unique: int = 0
+    uniqueness: float = 0.0
+    qed: float = 0.0
+    similarity: float = 0.0
+    shown: list[tuple[str, list[Judged]]] = field(default_factory=list)
 
     def add(self, origins: tuple[str, ...], judged: list[Judged], reference: set[str]) -> list[bool]:
         """Count what was made of one seed; returns which of it are novel."""
@@ -212,7 +275,8 @@ class Tally:
         self.novel += sum(novel)
         self.nuv += len({j.smiles for j, new in zip(judged, novel, strict=True) if new})
         if valid:
-            self.uniqueness.append(len(set(valid)) / len(valid))
+            self.unique += 1
+            self.uniqueness += len(set(valid)) / len(valid)
         self.qed += sum(j.qed for j in judged)
         self.similarity += sum(j.similarity for j in judged)
         if len(self.shown) < SEEDS:
@@ -225,9 +289,10 @@ class Tally:
             "seeds": self.seeds,
             "generated": self.generated,
             "validity": self.valid / max(self.generated, 1),
-            "uniqueness": float(np.mean(self.uniqueness)) if self.uniqueness else 0.0,
+            "uniqueness": self.uniqueness / max(self.unique, 1),
             "novelty": self.novel / some,
             "nuv": self.nuv / max(self.generated, 1),
             "qed": self.qed / some,
             "similarity": self.similarity / some,
+            "rejected": self.rejected,
         }

@@ -89,6 +89,42 @@ def test_bad_records_are_listed_and_do_not_shift_the_rest(run, tmp_path):
     assert "m2" in lines[2] and "25 tokens, the model reads 24" in lines[2]
 
 
+def test_a_command_that_was_stopped_goes_on(run, tmp_path, monkeypatch):
+    """Killed in the third chunk, with half a line written after the second: the same files as in one go."""
+    monkeypatch.setattr(molecules, "CHUNK", 2)
+    records, answers = ["CCO", "C1CC", "CN", "CCC", "C1", "CCCC", "CO"], ["CC", "C1CC", "CCN", "CN", "OC"]
+    names = ("out.csv", "out.json", "out.csv.rejects.tsv")
+
+    def files():
+        return [(tmp_path / name).read_text() for name in names]
+
+    run(answers, records, num_samples=1)
+    expected = files()
+    for name in names:
+        (tmp_path / name).unlink()
+    with pytest.raises(RuntimeError):  # StopIteration in a generator: there is no fifth answer
+        run(answers[:4], records, num_samples=1)
+    assert not (tmp_path / "out.csv").exists()
+    with open(tmp_path / "out.csv.partial", "a") as file:
+        file.write("m5,CCCC,")
+    report, rows = run(answers[4:], records, num_samples=1)
+    assert files() == expected and len(rows) == 5 == report["generated"]
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.png", *names}
+
+
+def test_what_was_begun_is_not_mixed_with_something_else(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(molecules, "CHUNK", 1)
+    with pytest.raises(RuntimeError):
+        run(["CC"], num_samples=1)
+    with pytest.raises(ValueError, match=r"is not what .*out.csv.partial was begun with.*CCO.* was: delete .*json"):
+        run(["CC"], ["CCN", *SEEDS], num_samples=1)
+    (tmp_path / "out.csv.partial").write_text("")
+    with pytest.raises(ValueError, match="shorter than"):
+        run(["CC"], num_samples=1)
+    report, _ = run(["CC", "CN", "CO"], num_samples=1, seed=7)
+    assert "begun with other settings" in capsys.readouterr().err and report["generated"] == 3
+
+
 def test_novelty_against_a_reference(run, tmp_path):
     (tmp_path / "known.smi").write_text("OCCN first\nC1CC broken\n")
     report, _ = run(["NCCO", "CCN"] * 3, num_samples=2, reference=str(tmp_path / "known.smi"))
