@@ -78,7 +78,7 @@ def resolve(what: str | Path) -> tuple[str, Path]:
     """
     path = Path(what).expanduser()
     if not path.exists():
-        if str(what) in REPOSITORIES:
+        if str(what).partition("@")[0] in REPOSITORIES:  # name or name@revision
             return "huggingface", fetch(str(what))
         near = difflib.get_close_matches(str(what), REPOSITORIES, n=2)
         names = f"did you mean {' or '.join(near)}?" if near else f"names for download: {', '.join(REPOSITORIES)}"

@@ -105,10 +105,11 @@ class Encoder(nn.Module):
         return self.head(hidden_MD, self.embed.weight)
 
     def flops(self, batch: PackedBatch) -> float:
-        """Training FLOPs of the real tokens: 3·(24·L·h²·Σ len + 4·L·h·Σ len²) (design/performance.md)."""
+        """Training FLOPs of the real tokens: 3·L·((8·h² + 4·h·f)·Σ len + 4·h·Σ len²), with f = 4·h as a rule
+        (design/performance.md)."""
         c = self.config
         lengths = np.array(batch.layout.lengths[: batch.num_sequences], dtype=np.float64)
-        a_layer = 24 * c.hidden_size**2 * lengths.sum() + 4 * c.hidden_size * np.square(lengths).sum()
+        a_layer = c.hidden_size * ((8 * c.hidden_size + 4 * c.ffn_size) * lengths.sum() + 4 * np.square(lengths).sum())
         return 3 * c.num_layers * float(a_layer)
 
 

@@ -16,7 +16,7 @@ import pytest
 from transformers import EsmConfig, EsmForMaskedLM
 
 from moltron.checkpoint.download import REPOSITORIES, _fetch_blob, download, fetch
-from moltron.checkpoint.weights import load_pretrained
+from moltron.checkpoint.weights import load_pretrained, resolve
 from moltron.config.schema import DownloadConfig
 
 COMMIT = "a" * 40
@@ -158,8 +158,11 @@ def test_download_load_and_offline(tmp_path, hub, monkeypatch, capsys):
     assert loaded.source == str(folder)
 
 
-def test_a_revision_can_be_pinned(tmp_path, hub):
-    assert fetch(f"esm1b@{COMMIT}", tmp_path, endpoint=hub.endpoint).name == COMMIT
+def test_a_revision_can_be_pinned(tmp_path, hub, monkeypatch):
+    folder = fetch(f"esm1b@{COMMIT}", tmp_path, endpoint=hub.endpoint)
+    assert folder.name == COMMIT
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert resolve(f"esm1b@{COMMIT}") == ("huggingface", folder)
     assert fetch(f"esm1b@{COMMIT}", tmp_path, offline=True).name == COMMIT
     with pytest.raises(ValueError, match=r"@v9: the hub does not answer"):
         fetch("esm1b@v9", tmp_path, endpoint=hub.endpoint)

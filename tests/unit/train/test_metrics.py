@@ -49,6 +49,7 @@ def test_peak_flops_by_name():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 9.89e14
     assert peak_flops("NVIDIA H100 PCIe") == 7.56e14
     assert peak_flops("NVIDIA L40S") == 3.62e14
+    assert peak_flops("NVIDIA L40") == 1.81e14 and peak_flops("NVIDIA L4") == 1.21e14
     assert peak_flops("NVIDIA GH200 480GB") == 9.89e14
     assert peak_flops("Some CPU") is None
 

@@ -66,7 +66,7 @@ def test_micro_batches_weigh_by_their_targets(parts, scaler, monkeypatch):
     assert reading.packs == pytest.approx(packs)
     assert (reading.tokens, reading.counts["padded_tokens"]) == (84, 144)
     squares = 20**2 + 7**2 + 12**2 + 40**2 + 5**2
-    assert reading.flops == pytest.approx(3 * (24 * 16**2 * 84 + 4 * 16 * squares))
+    assert reading.flops == pytest.approx(3 * ((8 * 16**2 + 4 * 16 * 32) * 84 + 4 * 16 * squares))
     assert [r.tolist() for r in reading.records] == [[0, 1, 2], [10], [20]]
     assert model.layers["0"].mlp.up.weight.grad is None
 
