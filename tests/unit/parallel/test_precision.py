@@ -36,14 +36,13 @@ def test_blocks_compute_in_the_precision_with_exact_rotary_tables(one_process, n
     model.init_weights(0, assign_full)
     hidden, tables, weights = set(), set(), set()
 
-    def look(attention, inputs):  # inside of a block
-        x_TD, _, rotary = inputs
-        hidden.add(x_TD.dtype)
-        weights.add(attention.qkv.weight.dtype)
-        tables.update(table.dtype for table in rotary or ())
+    def look(qkv, inputs):
+        hidden.add(inputs[0].dtype)
+        weights.add(qkv.weight.dtype)
 
     for block in model.layers.values():
-        block.attention.register_forward_pre_hook(look)
+        block.register_forward_pre_hook(lambda _, inputs: tables.update(x.dtype for x in inputs[3] or ()))
+        block.attention.qkv.register_forward_pre_hook(look)
     ids = np.array([0, 5, 6, architecture.get("mask_id", 32 if family == "esm2" else 4), 2])
     batch = PackedBatch.pack(ids, np.array([5]), tokens=8, pad_id=1, max_length=8)
     batch.target_positions = torch.tensor([3])
