@@ -1,0 +1,105 @@
+"""FSDP2's gathers and reductions over NVLink's copy engines: GPUs of one host read each other's memory.
+
+    gather   own shard ──> a buffer that peers see ──barrier──> each copies the others' shards
+    reduce   own gradients, in their dtype ──> such a buffer ──barrier──> each copies its part of the others', adds in fp32
+
+NCCL's kernels take multiprocessors from the matrix products that run beside them; copies take none. Gradients travel in
+the dtype that the backward wrote, half of fp32, and are added up in fp32 as NCCL would: the same but for the order. Two
+buffers take turns, so one barrier a collective is enough: who has passed the next one has read the last.
+
+n numbers of a shard, R ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+
+class _Shared:
+    """Buffers that all ranks of a group see, two for each size, and a stream of their own."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.group, self.rank, self.world = group, group.rank(), group.size()
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.buffers: dict[tuple[int, torch.dtype], list[tuple[Tensor, Any]]] = {}
+        self.turns: dict[tuple[int, torch.dtype], int] = {}
+
+    def next(self, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Any]:
+        """A buffer and its handle; the same call, in the same order, on every rank."""
+        key = size, dtype
+        if key not in self.buffers:
+            made = [symmetric.empty(size, dtype=dtype, device=device) for _ in range(2)]
+            self.buffers[key] = [(buffer, symmetric.rendezvous(buffer, self.group)) for buffer in made]
+        turn = self.turns[key] = self.turns.get(key, 1) ^ 1
+        return self.buffers[key][turn]
+
+    def others(self) -> list[int]:
+        """The other ranks, in an order in which no two ranks begin with the same one."""
+        return [(self.rank + step) % self.world for step in range(1, self.world)]
+
+
+class PeerAllGather:
+    """For FSDPModule.set_custom_all_gather."""
+
+    def __init__(self, shared: _Shared):
+        self.shared = shared
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
+        """output: (R · n,); input: this rank's part of it."""
+        shared, n, current = self.shared, len(input_tensor), torch.cuda.current_stream()
+        own, handle = shared.next(n, input_tensor.dtype, input_tensor.device)
+        shared.stream.wait_stream(current)
+        with torch.cuda.stream(shared.stream):
+            own.copy_(input_tensor)
+            handle.barrier()
+            for peer in shared.others():
+                output_tensor.narrow(0, peer * n, n).copy_(handle.get_buffer(peer, (n,), own.dtype))
+        current.wait_stream(shared.stream)
+
+
+class PeerReduceScatter:
+    """For FSDPModule.set_custom_reduce_scatter; averages."""
+
+    def __init__(self, shared: _Shared, dtype: torch.dtype):
+        self.shared, self.dtype = shared, dtype
+        self.handle: Any = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """FSDP2 asks for what goes in, then for what comes out."""
+        if self.handle is None:
+            buffer, self.handle = self.shared.next(size[0], self.dtype, device)
+            return buffer
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+        """output: (n,); input: (R · n,), what `allocate` gave."""
+        assert op == dist.ReduceOp.AVG, op
+        shared, n, current = self.shared, len(output_tensor), torch.cuda.current_stream()
+        handle, self.handle = self.handle, None
+        shared.stream.wait_stream(current)
+        with torch.cuda.stream(shared.stream):
+            parts = torch.empty(shared.world, n, dtype=self.dtype, device=output_tensor.device)
+            handle.barrier()
+            for peer in (*shared.others(), shared.rank):
+                parts[peer].copy_(handle.get_buffer(peer, (n,), self.dtype, shared.rank * n))
+            torch.mean(parts, 0, dtype=output_tensor.dtype, out=output_tensor)
+        current.wait_stream(shared.stream)
+
+
+def use_peers(model: torch.nn.Module, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype) -> None:
+    """model: its units and root are FSDP2's, of a mesh of one axis with `group`. dtype: gradients as autograd has them."""
+    gather, reduce = PeerAllGather(_Shared(group, device)), PeerReduceScatter(_Shared(group, device), dtype)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(gather)  # type: ignore[arg-type]
+            module.set_custom_reduce_scatter(reduce)  # type: ignore[arg-type]
