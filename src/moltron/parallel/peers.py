@@ -68,16 +68,16 @@ class PeerAllGather:
 
 
 class PeerReduceScatter:
-    """For FSDPModule.set_custom_reduce_scatter; averages."""
+    """For FSDPModule.set_custom_reduce_scatter; averages. dtype: what travels; None: what gradients are added up in."""
 
-    def __init__(self, shared: _Shared, dtype: torch.dtype):
+    def __init__(self, shared: _Shared, dtype: torch.dtype | None):
         self.shared, self.dtype = shared, dtype
         self.handle: Any = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP2 asks for what goes in, then for what comes out."""
         if self.handle is None:
-            buffer, self.handle = self.shared.next(size[0], self.dtype, device)
+            buffer, self.handle = self.shared.next(size[0], self.dtype or dtype, device)
             return buffer
         return torch.empty(*size, dtype=dtype, device=device)
 
@@ -88,16 +88,20 @@ class PeerReduceScatter:
         handle, self.handle = self.handle, None
         shared.stream.wait_stream(current)
         with torch.cuda.stream(shared.stream):
-            parts = torch.empty(shared.world, n, dtype=self.dtype, device=output_tensor.device)
+            parts = torch.empty(shared.world, n, dtype=input_tensor.dtype, device=output_tensor.device)
             handle.barrier()
             for peer in (*shared.others(), shared.rank):
-                parts[peer].copy_(handle.get_buffer(peer, (n,), self.dtype, shared.rank * n))
+                parts[peer].copy_(handle.get_buffer(peer, (n,), parts.dtype, shared.rank * n))
             torch.mean(parts, 0, dtype=output_tensor.dtype, out=output_tensor)
         current.wait_stream(shared.stream)
 
 
-def use_peers(model: torch.nn.Module, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype) -> None:
-    """model: its units and root are FSDP2's, of a mesh of one axis with `group`. dtype: gradients as autograd has them."""
+def use_peers(model: torch.nn.Module, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype | None) -> None:
+    """model: its units and root are FSDP2's, of a mesh of one axis with `group`.
+
+    dtype: that of the gradients of one pack, where each is reduced at once; None where they are added up before, in
+    the dtype of the reduction.
+    """
     gather, reduce = PeerAllGather(_Shared(group, device)), PeerReduceScatter(_Shared(group, device), dtype)
     for module in model.modules():
         if isinstance(module, FSDPModule):
