@@ -1,7 +1,7 @@
 """FSDP2's gathers and reductions over NVLink's copy engines: GPUs of one host read each other's memory.
 
     gather   own shard ──> a buffer that peers see ──barrier──> each copies the others' shards
-    reduce   own gradients, in their dtype ──> such a buffer ──barrier──> each copies its part of the others', adds in fp32
+    reduce   own gradients, in their dtype ──> such a buffer ──barrier──> each copies the others' for its shard, adds up
 
 NCCL's kernels take multiprocessors from the matrix products that run beside them; copies take none. Gradients travel in
 the dtype that the backward wrote, half of fp32, and are added up in fp32 as NCCL would: the same but for the order. Two
@@ -12,14 +12,19 @@ n numbers of a shard, R ranks
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+
+from moltron.common.logging import get_logger
+
+log = get_logger(__name__)
 
 
 class _Shared:
@@ -81,7 +86,9 @@ class PeerReduceScatter:
             return buffer
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
         """output: (n,); input: (R · n,), what `allocate` gave."""
         assert op == dist.ReduceOp.AVG, op
         shared, n, current = self.shared, len(output_tensor), torch.cuda.current_stream()
@@ -96,7 +103,26 @@ class PeerReduceScatter:
         current.wait_stream(shared.stream)
 
 
-def use_peers(model: torch.nn.Module, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype | None) -> None:
+def reachable(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether a group's GPUs are on one host and can read each other's memory; the same on each rank."""
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, (socket.gethostname(), device.index), group=group)
+    ok = len({host for host, _ in found}) == 1 and len({i for _, i in found}) == len(found)
+    ok = ok and all(torch.cuda.can_device_access_peer(device, i) for _, i in found if i != device.index)
+    if ok:
+        try:
+            symmetric.rendezvous(symmetric.empty(1024, device=device), group)
+        except RuntimeError as error:  # e.g. a container that may not share memory
+            log.info("GPUs cannot map each other's memory, so NCCL carries weights and gradients: %s", error)
+            ok = False
+    agreed: list[Any] = [None] * group.size()
+    dist.all_gather_object(agreed, ok, group=group)
+    return all(agreed)
+
+
+def use_peers(
+    model: torch.nn.Module, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype | None
+) -> None:
     """model: its units and root are FSDP2's, of a mesh of one axis with `group`.
 
     dtype: that of the gradients of one pack, where each is reduced at once; None where they are added up before, in
