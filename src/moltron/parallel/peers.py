@@ -120,10 +120,8 @@ def reachable(group: dist.ProcessGroup, device: torch.device) -> bool:
     return all(agreed)
 
 
-def use_peers(
-    model: torch.nn.Module, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype | None
-) -> None:
-    """model: its units and root are FSDP2's, of a mesh of one axis with `group`.
+def use_peers(model: nn.Module, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype | None) -> None:
+    """model: its units and root are FSDP2's, sharded over `group`.
 
     dtype: that of the gradients of one pack, where each is reduced at once; None where they are added up before, in
     the dtype of the reduction.
