@@ -1,11 +1,11 @@
 """`moltron plan`: which layout and how many tokens a pack suit a model on given GPUs, and what that takes.
 
-    MODEL, key=value ──load──> Request ──propose: layouts, the least talkative first──> Choice ──answer──> text
+    MODEL, key=value ──load──> Request ──propose: meshes, the least talkative first──> Choice ──answer──> text
 
-Each layout is tried with the largest pack that fits, down to a quarter of the goal: at first sharding alone, in a node
-and with copies between nodes, then over all of them; then recomputing; then tensor and context parallelism in a node;
-pipelines last. When none fits, all are tried with smaller packs. What is given stays: batch.tokens, batch.packs, and
-of parallel.* the whole layout as soon as one key is.
+Meshes: at first sharding alone, in a node and with copies between nodes, then over all of them; then tensor and context
+parallelism in a node; pipelines last. Of each the fastest is taken that fits, by what recomputing takes and what
+gathering weights for packs of that size does, down to a quarter of the goal. When none fits, all are tried with smaller
+packs. What is given stays: batch.tokens, batch.packs, and of parallel.* the whole layout as soon as one key is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ GIB = 2**30
 # what the allocator holds in pieces that do not fit
 CONTEXT, NCCL, SLACK = 0.6 * GIB, 0.5 * GIB, 0.03
 USABLE = 0.99  # of the GiB in a GPU's name
-GOAL = 5e7  # tokens of a pack times hidden size: about what the presets have; not measured to be the best
+GOAL, LEAST_GOAL = 5e7, 2**14  # tokens of a pack times hidden size; tokens: about what the presets have
+# What takes as long as so many tokens: a pack (gradients added up, small products), gathering weights and summing
+# gradients over ranks. CHEAP / hidden size: what norms and activations take of a token. Of 15B on four and eight H200
+PACK, GATHER, CHEAP = 500, 500, 50
 OWN = ("gpus", "memory", "node")  # keys that `moltron train` does not have
 
 
@@ -54,8 +57,9 @@ class Choice:
     @property
     def extra(self) -> float:
         """Bytes beside the tensors."""
-        axes = len(self.footprint.sent)
-        return CONTEXT + NCCL * axes + SLACK * self.footprint.peak
+        p, axes = self.config.parallel, len(self.footprint.sent)
+        in_a_node = self.config.gpus <= self.config.node * p.pp * p.dp_replicate
+        return CONTEXT + NCCL * axes + SLACK * self.footprint.peak + self.footprint.shared * in_a_node
 
     @property
     def fits(self) -> bool:
@@ -113,8 +117,9 @@ def propose(request: Request, config: schema.PlanConfig, model: Any) -> Choice:
 
     smallest, problems = None, []
     for is_large in (True, False):
-        for parallel in [config.parallel] if request.gives("parallel.") else _layouts(config):
-            for batch in _batches(request, config, parallel, is_large):
+        for layouts in [[config.parallel]] if request.gives("parallel.") else _layouts(config):
+            ways = [(p, batch) for p in layouts for batch in _batches(request, config, p, is_large)]
+            for parallel, batch in sorted(ways, key=lambda way: _time(config, *way)):
                 tried = copy.copy(config)
                 tried.parallel, tried.batch = parallel, batch
                 wrong = [p for p in validate(tried, config.gpus) if not p.startswith(("data.path=", "run_dir="))]
@@ -131,7 +136,18 @@ def propose(request: Request, config: schema.PlanConfig, model: Any) -> Choice:
     return smallest
 
 
-def _layouts(config: schema.PlanConfig) -> Iterator[schema.ParallelConfig]:
+def _time(config: schema.PlanConfig, parallel: schema.ParallelConfig, batch: schema.BatchConfig) -> float:
+    """Of a token, in that of one in an endless pack."""
+    ranks = max(1, config.gpus // (parallel.pp * parallel.cp * parallel.tp))
+    packs = batch.packs / ranks
+    gathers = 0 if ranks * parallel.cp == 1 else packs if parallel.reshard_after_forward else 1
+    more = (PACK * packs + GATHER * gathers) * parallel.cp / (packs * batch.tokens)
+    again = {"none": 0, "selective": CHEAP / config.model["hidden_size"], "full": 1 / 3}
+    return (1 + again[parallel.recompute]) * (1 + more)
+
+
+def _layouts(config: schema.PlanConfig) -> Iterator[list[schema.ParallelConfig]]:
+    """Of each mesh all layouts."""
     powers, node = [2**i for i in range(13)], min(config.node, config.gpus)
     cuts = [
         (1, 1, 1),
@@ -146,21 +162,25 @@ def _layouts(config: schema.PlanConfig) -> Iterator[schema.ParallelConfig]:
         inside = node // (cp * tp)  # ranks of a node that can share one copy of the weights
         copies = [ranks // inside, 1] if pp == 1 and ranks > inside and ranks % inside == 0 else [1]
         reshards = [False, True] if pp == 1 and config.gpus > 1 else [config.parallel.reshard_after_forward]
-        for recompute, replicate, reshard in product(("none", "selective", "full"), copies, reshards):
+        for replicate in copies:
             axes = dict(pp=pp, dp_replicate=replicate, cp=cp, tp=tp)
-            yield replace(config.parallel, **axes, reshard_after_forward=reshard, recompute=recompute)
+            yield [
+                replace(config.parallel, **axes, reshard_after_forward=reshard, recompute=recompute)
+                for recompute, reshard in product(("none", "selective", "full"), reshards)
+            ]
 
 
 def _batches(
     request: Request, config: schema.PlanConfig, parallel: schema.ParallelConfig, is_large: bool
 ) -> Iterator[schema.BatchConfig]:
-    """Packs of powers of two, the largest first, that make the preset's tokens a step, or a few more."""
+    """Packs of powers of two and half as much again, that make the preset's tokens a step, or a few more."""
     b, ranks = config.batch, max(1, config.gpus // (parallel.pp * parallel.cp * parallel.tp))
     a_step, share = b.tokens * b.packs, (b.decoder_tokens or b.tokens) / b.tokens
     least = max(config.data.max_length, (config.data.decoder_max_length or config.data.max_length) / share)
-    goal = 2 ** int(GOAL / config.model["hidden_size"]).bit_length() // 2
+    goal = max(LEAST_GOAL, 2 ** int(GOAL / config.model["hidden_size"]).bit_length() // 2)
     each = ranks * (1 if parallel.pp == 1 else 4 * parallel.pp)  # packs: with fewer a pipeline waits
-    sizes = [size for i in range(25, 3, -1) if least <= (size := 2**i) <= max(min(goal, a_step / each), least * 1.99)]
+    largest = max(min(goal, a_step / each), least * 1.49)
+    sizes = [size for i in range(3, 25) for size in (2**i, 3 * 2 ** (i - 1)) if least <= size <= largest]
     sizes = [size for size in sizes if (size >= goal / 4) == is_large]
     for tokens in [b.tokens] * is_large if request.gives("batch.tokens") else sizes:
         packs = max(each, round(a_step / tokens / each) * each)

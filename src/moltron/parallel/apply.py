@@ -25,6 +25,7 @@ from moltron.models.spec import ParallelPlan
 from moltron.parallel.collectives import world_size
 from moltron.parallel.context import enter_context, leave_context
 from moltron.parallel.mesh import build_mesh, data_mesh, is_sharded
+from moltron.parallel.peers import use_peers
 from moltron.parallel.pipeline import Pipeline, matches, pipeline_of
 from moltron.parallel.precision import DTYPES, compute_in, mixed_precision, swap_to_fp8
 from moltron.parallel.recompute import recompute_units
@@ -80,8 +81,9 @@ def parallelize(
     if config.pp > 1:
         pipeline = Pipeline(model, plan, config, mesh["pp"], dtype)
         parts = [(stage, stage.model) for stage in pipeline.stages.values()]
+    sharded = data_mesh(mesh)
     settings: Any = dict(
-        mesh=data_mesh(mesh),
+        mesh=sharded,
         mp_policy=mixed_precision(precision, config.reduce_dtype),
         **({"offload_policy": CPUOffloadPolicy()} if config.cpu_offload else {}),
     )
@@ -94,6 +96,10 @@ def parallelize(
             for method in (name for name in plan.methods if hasattr(module, name)):
                 register_fsdp_forward_method(module, method)
         root.to_empty(device="cpu" if config.cpu_offload else device)
+    if device.type == "cuda" and not config.cpu_offload:
+        reduced_at_once = config.reshard_after_forward and config.pp == 1  # each pack's gradients, as they are computed
+        group = sharded.get_group(sharded.ndim - 1)  # the ranks that share one copy
+        use_peers([root for root, _ in parts], group, device, DTYPES[precision] if reduced_at_once else None)
     return model
 
 

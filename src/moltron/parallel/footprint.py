@@ -51,11 +51,15 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes. memory: by what it is for; blocks: what each keeps of one pack; sent: in a step, by axis."""
+    """Bytes. memory: by what it is for; blocks: what each keeps of one pack; sent: in a step, by axis.
+
+    shared: beside memory, buffers that GPUs of one host read of each other, see peers.
+    """
 
     memory: dict[str, float]
     blocks: list[float]
     sent: dict[str, float]
+    shared: float
 
     @property
     def peak(self) -> float:
@@ -140,7 +144,9 @@ class _Layout:
             "cp": packs * sum(block.sent[1] for block in blocks),
             "tp": packs * sum(block.sent[0] for block in blocks),
         }
-        return Footprint(memory, [block.kept for block in blocks], {a: sent[a] for a in AXES if shape[a] > 1})
+        sizes = {block.parameters for block in blocks} | {weights - in_blocks}
+        shared = 2 * sum(sizes) * (b / shards + (b if reduces_each else 4)) if shards > 1 else 0
+        return Footprint(memory, [x.kept for x in blocks], {a: sent[a] for a in AXES if shape[a] > 1}, shared)
 
     def _inner(self) -> set[str]:
         """All blocks but the first and the last of each stack."""

@@ -41,9 +41,13 @@ def chosen(capsys, *arguments) -> TrainConfig:
         ("esm2_650M --gpus 1 --memory 40", 16384, 128, {}),  # rather smaller packs than recomputing
         ("esm2_650M --gpus 1 --memory 24", 8192, 256, dict(recompute="selective")),
         ("esm2_650M --gpus 1 --memory 20", 32768, 64, dict(recompute="full")),
+        ("esm2_15B --gpus 4 --memory 141", 12288, 172, dict(recompute="selective", reshard_after_forward=True)),
+        ("esm2_15B --gpus 4 --memory 141 optim.state=fp8", 16384, 128, dict(recompute="selective")),
+        ("esm2_15B --gpus 8 --memory 141", 16384, 128, dict(recompute="selective")),
+        ("esm2_3B --gpus 4 --memory 141", 16384, 128, dict(reshard_after_forward=False)),
         ("esm2_650M --gpus 16 --memory 80", 32768, 64, dict(dp_replicate=2)),  # copies between nodes
-        ("esm2_15B --gpus 8 --memory 80", 4096, 512, dict(reshard_after_forward=True)),
-        ("esm2_15B --gpus 32 --memory 16", 4096, 512, dict(reshard_after_forward=True, recompute="full")),
+        ("esm2_15B --gpus 8 --memory 80", 6144, 344, dict(reshard_after_forward=True, recompute="selective")),
+        ("esm2_15B --gpus 32 --memory 16", 6144, 352, dict(reshard_after_forward=True, recompute="full")),
         ("pretrain_prott5_small --gpus 2 --memory 24", 1024, 2, {}),  # the tokens of a step stay near the preset's
     ],
 )
@@ -58,7 +62,8 @@ def test_what_shards_cannot_do_is_cut_inside_of_a_node(capsys):
     """Sequences of which not one fits: tensor parallelism; and a pipeline before more GPUs than a node has."""
     config = chosen(capsys, "esm2_3B", "--gpus", "8", "--memory", "40", "data.max_length=262144")
     assert config.parallel.recompute == "full" and 1 < config.parallel.tp <= 8
-    layouts = list(plan._layouts(plan.training("esm2_15B", ["gpus=32", "node=4"])[0]))
+    meshes = plan._layouts(plan.training("esm2_15B", ["gpus=32", "node=4"])[0])
+    layouts = [layout for mesh in meshes for layout in mesh]
     assert max(layout.tp for layout in layouts) == 4 and max(layout.cp for layout in layouts) == 4
     pipelines = [layout.pp > 1 for layout in layouts]
     assert any(pipelines) and pipelines == sorted(pipelines)
