@@ -6,10 +6,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from moltron.checkpoint import url_list
-from moltron.checkpoint.download import download
-from moltron.checkpoint.url_list import FAILED, fetch_list, read_list
+from moltron.cli.commands import download
 from moltron.config.schema import DownloadConfig
+from moltron.data.prepare import url_list
+from moltron.data.prepare.url_list import FAILED, fetch_list, read_list
 
 
 class Server:
@@ -153,7 +153,7 @@ def test_as_a_command(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(url_list, "TRIES", 1)
     server.files = {"/a.smi": b"CCO a\n"}
     (tmp_path / "l").write_text(f"{server.url}/a.smi\n")
-    download(DownloadConfig(urls=str(tmp_path / "l"), output=str(tmp_path / "out")))
+    assert download(DownloadConfig(urls=str(tmp_path / "l"), output=str(tmp_path / "out"))) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out")
     for wrong in ({"urls": "x"}, {"output": "x"}, {"urls": "x", "output": "y", "name": "esm2_8M"}):
         with pytest.raises(ValueError, match="belong together"):
