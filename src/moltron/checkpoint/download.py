@@ -19,7 +19,6 @@ from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils.sha import git_hash
 
-from moltron.checkpoint.url_list import fetch_list
 from moltron.common.manifest import read_json, sha256_file, write_json
 from moltron.config.schema import DownloadConfig
 
@@ -39,15 +38,9 @@ log = logging.getLogger(__name__)
 def download(config: DownloadConfig) -> Path | None:
     """`moltron download`: fetch, verify every file again, say where it lies. Without a name: list the names.
 
-    Raises: ValueError, see fetch and url_list.fetch_list.
+    Raises: ValueError, see fetch.
     """
-    if config.urls is not None or config.output is not None:
-        if config.urls is None or config.output is None or config.name:
-            raise ValueError("urls (a list of files) and output (a folder) belong together, and go without name")
-        folder = fetch_list(config.urls, config.output)
-        print(folder)
-        return folder
-    if config.name in ("", "???"):
+    if not config.name:
         print("\n".join(f"{name:12} {repository}" for name, repository in REPOSITORIES.items()))
         return None
     folder = fetch(config.name, config.cache_dir, config.offline, config.endpoint)

@@ -58,17 +58,13 @@ class Source:
 
 @dataclass(eq=False)
 class Pretrained:
-    """source: the file or folder that was read."""
+    """source: the file or folder that was read. Where it brought no head, `model.head` is a MissingHead: the model
+    embeds, but raises ValueError for logits."""
 
     spec: ModelSpec
     config: Any
     model: nn.Module
     source: str
-
-    @property
-    def has_head(self) -> bool:
-        """False for an encoder alone and where weights brought no head: embeds, but raises ValueError for logits."""
-        return not isinstance(self.model.head, MissingHead)
 
 
 def resolve(what: str | Path) -> tuple[str, Path]:
@@ -113,12 +109,10 @@ def find_source(what: str | Path) -> Source:
     return Source(*reader(path), path)
 
 
-def load_pretrained(
-    what: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> Pretrained:
-    """A model with its weights, in evaluation mode. what: see `resolve`. dtype: of all parameters; None: float32."""
+def load_pretrained(what: str | Path) -> Pretrained:
+    """A model with its weights, in evaluation mode, float32 on the host. what: see `resolve`."""
     source = find_source(what)
-    model = _skeleton(source.spec, source.config).to(dtype or torch.float32).to_empty(device=device).eval()
+    model = _skeleton(source.spec, source.config).float().to_empty(device="cpu").eval()
     if why := fill(source, dict(model.named_parameters())):
         model.head = MissingHead(why)
     return Pretrained(source.spec, source.config, model, str(source.path))

@@ -87,9 +87,17 @@ def convert(config: ConvertConfig) -> int:
 
 
 def download(config: DownloadConfig) -> int:
-    from moltron.checkpoint.download import download
     from moltron.common.logging import setup_logging
 
     setup_logging()
-    download(config)
+    if config.urls is None and config.output is None:
+        from moltron.checkpoint.download import download
+
+        download(config)
+    elif config.urls is None or config.output is None or config.name:
+        raise ValueError("urls (a list of files) and output (a folder) belong together, and go without name")
+    else:
+        from moltron.data.prepare.url_list import fetch_list
+
+        print(fetch_list(config.urls, config.output))
     return 0

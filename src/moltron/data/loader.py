@@ -32,14 +32,13 @@ class Step:
     """What one rank computes in one optimizer step.
 
     batches: ⌈P / W⌉ packs. count: targets in them. tokens, decoder_tokens: real ones, filler not counted.
-    epoch: of the step's first bin. position: where the stream goes on after this step, over all ranks; JSON-able.
+    position: where the stream goes on after this step, over all ranks; JSON-able.
     """
 
     batches: list[PackedBatch]
     count: int
     tokens: int
     decoder_tokens: int
-    epoch: int
     position: dict[str, Any]
 
     def pin_memory(self) -> Step:
@@ -126,7 +125,7 @@ class BatchLoader(IterableDataset):
         targets = [batch.targets.numpy() for batch in batches if batch.targets is not None]
         count = sum(int(np.count_nonzero(t >= 0)) for t in targets)
         tokens, decoder_tokens = sum(b.num_tokens for b in batches), sum(b.num_decoder_tokens for b in batches)
-        return Step(batches, count, tokens, decoder_tokens, bins[0][0], self.plan.dump(after))
+        return Step(batches, count, tokens, decoder_tokens, self.plan.dump(after))
 
     def _batch(self, bin: Bin, epoch: int) -> PackedBatch:
         plan = self.plan

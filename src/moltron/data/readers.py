@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import zstandard
 from isal import isal_zlib
@@ -59,10 +59,10 @@ class Record(NamedTuple):
 
 
 class Reject(NamedTuple):
-    id: str  # "" where it has none
-    reason: str
     source: str
     line: int
+    id: str  # "" where it has none
+    reason: str
 
 
 def read_records(
@@ -91,6 +91,14 @@ def check_alphabet(records: Iterator[Record | Reject], tokenizer: Tokenizer) -> 
             "(sequence_column=), file, model or kind"
         )
     yield from chain(first, records)
+
+
+def reject_table(file: TextIO, is_new: bool = True) -> Any:
+    """A writer of rejects, one a row, below a header if the file is new; open it with newline="", errors="replace"."""
+    table = csv.writer(file, "excel-tab", lineterminator="\n")
+    if is_new:
+        table.writerow(Reject._fields)
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------- which files
@@ -204,12 +212,12 @@ class Source:
         for item in parse():
             if isinstance(item, Record):
                 if not item.id.isprintable():
-                    shown = item.id.encode("utf-8", "replace").decode()
-                    item = Reject(shown, "the id has control characters or is not UTF-8", item.source, item.line)
+                    shown = "".join(letter if letter.isprintable() else "?" for letter in item.id)
+                    item = Reject(item.source, item.line, shown, "the id has control characters or is not UTF-8")
                 elif not item.sequence.strip():
-                    item = Reject(item.id, "no sequence", item.source, item.line)
+                    item = Reject(item.source, item.line, item.id, "no sequence")
                 elif not item.id:
-                    item = Reject("", "no id", item.source, item.line)
+                    item = Reject(item.source, item.line, "", "no id")
                 else:
                     self.num_records += 1
             yield item
@@ -289,7 +297,7 @@ class Source:
                 if header is not None:
                     yield self._fasta_record(header, parts, start)
                 elif junk:
-                    yield Reject("", "text before the first header", self.path, junk)
+                    yield Reject(self.path, junk, "", "text before the first header")
                 header, start, parts = line, number, []
         if header is None:
             where = f"line {junk} is text, but" if junk else "it is empty:"
@@ -344,7 +352,7 @@ class Source:
         need = max(self._sequence, self._id or 0)
         for line, row in self._rows:
             if len(row) <= need:
-                yield Reject(row[0], f"fewer than {need + 1} columns", self.path, line)
+                yield Reject(self.path, line, row[0], f"fewer than {need + 1} columns")
                 continue
             name = self._made_id(line) if self._id is None else row[self._id].strip()
             yield Record(name, _bytes(row[self._sequence]), self.path, line)

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from moltron.common.lock import locked
 from moltron.common.logging import Progress, get_logger
 from moltron.common.manifest import read_json, write_json
 from moltron.config.schema import EmbedConfig
-from moltron.data.readers import Reject, read_records
+from moltron.data.readers import Reject, read_records, reject_table
 from moltron.infer.api import Model
 from moltron.infer.engine import POOLINGS, Wanted, ahead
 from moltron.infer.windows import POLICIES, default_overlap
@@ -177,14 +177,15 @@ class _Job:
     def run(self) -> None:
         """Compute this rank's shards, and list the rejects."""
         rank, world = collectives.rank(), collectives.world_size()
+        rejects = self.rejects if rank == 0 else os.devnull
         writing: list[Future[None]] = []
         computed, started = 0, time.monotonic()
         with (
-            open(self.rejects if rank == 0 else os.devnull, "w", encoding="utf-8") as rejects,
+            open(rejects, "w", encoding="utf-8", errors="replace", newline="") as file,
             ThreadPoolExecutor(1) as writer,
             Progress("embed", None, enabled=rank == 0) as progress,
         ):
-            for index, (ids, sequences, is_full) in enumerate(ahead(self._read(rejects), depth=1)):
+            for index, (ids, sequences, is_full) in enumerate(ahead(self._read(reject_table(file)), depth=1)):
                 path = self.folder / f"{index:06d}.parquet"
                 self.shards.append(path)
                 self.report.shards += 1
@@ -226,12 +227,11 @@ class _Job:
             records["logits"] = [results.logits[i] for i in which]
         return records
 
-    def _read(self, rejects: TextIO) -> Iterator[tuple[list[str], list[bytes], bool]]:
+    def _read(self, rejects: Any) -> Iterator[tuple[list[str], list[bytes], bool]]:
         """Shards (ids, sequences, is it full), cut by number and size of results; the rest goes to `rejects`."""
         config, itemsize = self.config, np.dtype(self.config.dtype).itemsize
         a_record = itemsize * sum(c.width for c in self.columns if not c.ragged)
         a_residue = itemsize * sum(c.width for c in self.columns if c.ragged) + 9  # a letter and its id
-        print("id", "source", "line", "reason", sep="\t", file=rejects)
         ids, sequences, size = [], [], 0
         tokenizer = self.model.tokenizer
         for record in read_records(config.input, config.id_column, config.sequence_column, tokenizer):
@@ -246,8 +246,7 @@ class _Job:
                 reason = f"{length} residues, the model reads {self.limit}: {remedy}"
             if reason is not None:
                 self.report.rejected += 1
-                fields = (record.id, record.source, str(record.line), reason)
-                print(*(" ".join(field.split()) for field in fields), sep="\t", file=rejects)
+                rejects.writerow(Reject(record.source, record.line, record.id, reason))
                 continue
             self.letters.update(letters)
             self.report.long += length > self.limit

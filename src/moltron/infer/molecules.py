@@ -25,7 +25,7 @@ from moltron.common.lock import locked
 from moltron.common.logging import Progress, get_logger, setup_logging
 from moltron.common.manifest import fsync, read_json, write_json
 from moltron.config.schema import GenerateConfig
-from moltron.data.readers import Reject, read_records
+from moltron.data.readers import Reject, read_records, reject_table
 from moltron.data.store import Store
 from moltron.infer.api import Model
 from moltron.infer.chemistry import SEEDS, Judged, Judges, canonical, draw_grid, judge, molecule
@@ -92,18 +92,17 @@ class _Job:
         with ExitStack() as stack:
             files = []
             for path, size in zip((self.partial, self.rejects), self.sizes, strict=True):
-                files.append(stack.enter_context(open(path, "a", newline="", encoding="utf-8")))
+                files.append(stack.enter_context(open(path, "a", encoding="utf-8", errors="replace", newline="")))
                 if path.stat().st_size < size:
                     raise ValueError(f"{path} is shorter than {self.file} says: delete that one to start anew")
                 os.truncate(path, size)
             table = csv.writer(files[0], lineterminator="\n")
-            bad = csv.writer(files[1], "excel-tab", lineterminator="\n")
+            bad = reject_table(files[1], not self.last)
             judging = stack.enter_context(Judges())
             progress = stack.enter_context(Progress("generate", None))
             reference = _reference(config, judging, self.model.tokenizer)
             if not self.last:
                 table.writerow(COLUMNS)
-                bad.writerow(["id", "source", "line", "reason"])
             a_seed = config.num_samples if config.method == INTERPOLATE else self.sampling.copies * self.sampling.kept
             for i, (seeds, bad_ones) in enumerate(_chunks(config, self.model, max(1, CHUNK // a_seed))):
                 if i < len(self.last):
@@ -185,15 +184,15 @@ def _reference(config: GenerateConfig, judging: Judges, tokenizer: Tokenizer) ->
     return set(judging.each(canonical, found)) - {""}
 
 
-def _chunks(config: GenerateConfig, model: Model, size: int) -> Iterator[tuple[list[Seed], list[tuple]]]:
-    """Usable records, and rows of the rejects file. To interpolate, a chunk begins with the last seed before it."""
+def _chunks(config: GenerateConfig, model: Model, size: int) -> Iterator[tuple[list[Seed], list[Reject]]]:
+    """Usable records, and rejects. To interpolate, a chunk begins with the last seed before it."""
     limit, number = model.max_residues(), 0
     seeds: list[Seed] = []
-    rejects: list[tuple] = []
+    rejects: list[Reject] = []
     kept = 1 if config.method == INTERPOLATE else 0
     for record in read_records(config.input, config.id_column, config.sequence_column, model.tokenizer):
         if isinstance(record, Reject):
-            rejects.append((record.id, record.source, record.line, record.reason))
+            rejects.append(record)
             continue
         smiles = model.tokenizer.clean(record.sequence)[0].decode("utf-8", "replace")
         length = len(model.tokenizer.codes(smiles.encode()))
@@ -203,7 +202,7 @@ def _chunks(config: GenerateConfig, model: Model, size: int) -> Iterator[tuple[l
         elif length > limit:
             reason = f"{length} tokens, the model reads {limit}"
         if reason is not None:
-            rejects.append((record.id, record.source, record.line, reason))
+            rejects.append(Reject(record.source, record.line, record.id, reason))
             continue
         seeds.append(Seed(number, record.id, smiles))
         number += 1

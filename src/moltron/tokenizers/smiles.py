@@ -75,10 +75,6 @@ class SmilesTokenizer(Tokenizer):
         shorter = b"".join(sequence.split())
         return shorter, +Counter(white_space=len(sequence) - len(shorter))
 
-    def split(self, sequence: bytes) -> list[bytes]:
-        """The tokens as text, those outside the vocabulary too."""
-        return _TOKEN.findall(sequence)
-
     def codes(self, sequence: bytes) -> bytes:
         """One byte a token, `?` (0) for those outside the vocabulary."""
         return bytes(map(self._codes.__getitem__, _TOKEN.findall(sequence)))

@@ -19,6 +19,7 @@ from moltron.config.schema import ConvertConfig
 from moltron.layers.positions import rotary_frequencies
 from moltron.models.batch import PackedBatch
 from moltron.models.contacts import predict_contacts
+from moltron.models.encoder import MissingHead
 from moltron.models.esm2.convert import with_rotary_dtype
 from moltron.models.registry import FAMILIES, build_model, make_config
 from moltron.tokenizers import get_tokenizer
@@ -151,10 +152,9 @@ def test_dtypes(tmp_path):
     model, spec, config = make("esm2", rotary_dtype="float16")
     save_pretrained(model, spec, config, tmp_path / "half", "huggingface", torch.bfloat16)
     assert load_file(tmp_path / "half" / "model.safetensors")["lm_head.bias"].dtype == torch.bfloat16
-    loaded = load_pretrained(tmp_path / "half", dtype=torch.float16)
-    assert {p.dtype for p in loaded.model.parameters()} == {torch.float16}
+    loaded = load_pretrained(tmp_path / "half")
     assert loaded.config == config
-    assert {p.dtype for p in load_pretrained(tmp_path / "half").model.parameters()} == {torch.float32}
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
 
 
 def test_esm_model_has_no_head(tmp_path):
@@ -166,7 +166,7 @@ def test_esm_model_has_no_head(tmp_path):
     with torch.no_grad():
         hidden = loaded.model(batch).hidden[: len(ids)]
         torch.testing.assert_close(hidden, theirs.eval()(ids[None]).last_hidden_state[0], atol=1e-5, rtol=1e-5)
-    assert not loaded.has_head
+    assert isinstance(loaded.model.head, MissingHead)
     with pytest.raises(ValueError, match="has no language-model head"):
         loaded.model.logits(hidden)
     with pytest.raises(ValueError, match="has no language-model head"):
@@ -486,7 +486,6 @@ def test_run_folder_takes_the_best_and_says_so(tmp_path, name, caplog):
     assert torch.equal(loaded.model.norm.weight, model.norm.weight + 2)
     latest = load_pretrained(run / "checkpoints" / "step-00000003")
     assert torch.equal(latest.model.norm.weight, model.norm.weight + 3)
-    assert {p.dtype for p in load_pretrained(run, dtype=torch.bfloat16).model.parameters()} == {torch.bfloat16}
     (run / "checkpoints" / "step-00000002" / "shard-00001-of-00001.safetensors").unlink()
     assert load_pretrained(run).source.endswith("step-00000003")
     convert(ConvertConfig(input=str(run), output=str(tmp_path / "out"), format="moltron"))

@@ -12,6 +12,7 @@ from moltron.checkpoint import weights as weights_module
 from moltron.checkpoint.weights import convert, load_pretrained, resolve, save_pretrained
 from moltron.config.schema import ConvertConfig
 from moltron.models.batch import PackedBatch
+from moltron.models.encoder import MissingHead
 from moltron.models.registry import build_model, get_spec
 
 IDS, DECODER_IDS = np.array([3, 9, 20, 14, 14, 7, 1]), np.array([0, 127, 5, 11])
@@ -84,7 +85,7 @@ def test_round_trip(tmp_path, name, format):
     folder = save_pretrained(model, spec, model.config, tmp_path / "out", format)
     loaded = load_pretrained(folder)
     assert (resolve(folder)[0], loaded.spec, loaded.config) == (format, spec, model.config)
-    assert loaded.has_head == (name != "encoder alone")
+    assert isinstance(loaded.model.head, MissingHead) == (name == "encoder alone")
     assert_same_weights(loaded.model, model)
 
 
@@ -131,7 +132,8 @@ def test_the_encoder_alone(tmp_path):
     model = theirs(T5EncoderModel)
     model.half().save_pretrained(tmp_path / "encoder")
     loaded = load_pretrained(tmp_path / "encoder")
-    assert (loaded.config.num_layers, loaded.config.num_decoder_layers, loaded.has_head) == (3, 0, False)
+    assert (loaded.config.num_layers, loaded.config.num_decoder_layers) == (3, 0)
+    assert isinstance(loaded.model.head, MissingHead)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
     with torch.no_grad():
         hidden = loaded.model(batch(decoder=False)).hidden[: len(IDS)]
@@ -165,10 +167,10 @@ def test_bf16_in_one_torch_file_with_the_copies_that_old_versions_wrote(tmp_path
 
 def test_a_t5_model_without_the_head_of_its_own(tmp_path):
     theirs(T5Model).save_pretrained(tmp_path / "m")
-    assert load_pretrained(tmp_path / "m").has_head  # the embedding is the head
+    assert not isinstance(load_pretrained(tmp_path / "m").model.head, MissingHead)  # the embedding is the head
     edit_config(tmp_path / "m", tie_word_embeddings=False, scale_decoder_outputs="absent")
     loaded = load_pretrained(tmp_path / "m")
-    assert not loaded.has_head
+    assert isinstance(loaded.model.head, MissingHead)
     with pytest.raises(ValueError, match=r"has no language-model head .*no logits or losses"):
         logits_here(loaded)
     with pytest.raises(ValueError, match="cannot be written"):

@@ -86,15 +86,15 @@ def test_all_worlds_see_the_same_stream_masks_included(store, world):
         assert all(b.num_sequences == 0 and (b.targets == -100).all() for b in empty)
         assert {len(rank[k].batches) for rank in ranks} == {share}
         assert [contents(b) for b in together] == [contents(b) for b in step.batches]
-        assert all(rank[k].position == step.position and rank[k].epoch == step.epoch for rank in ranks)
+        assert all(rank[k].position == step.position for rank in ranks)
         assert sum(rank[k].count for rank in ranks) == step.count
         assert sum(rank[k].tokens for rank in ranks) == step.tokens
-    assert expected[-1].epoch >= 1, "the test should cross an epoch"
+    assert expected[-2].position["epoch"] >= 1, "the test should cross an epoch"
 
 
 def test_resume_from_every_position_is_equal_to_the_bit(store):
     straight = first_steps(make(store, packs=3), 40)
-    assert straight[-1].epoch >= 1
+    assert straight[-2].position["epoch"] >= 1
     for k in range(len(straight) - 1):
         position = json.loads(json.dumps(straight[k].position))
         step = next(make(store, packs=3, position=position).steps())

@@ -279,4 +279,4 @@ def test_unknown_format_is_an_error(tmp_path):
 
 
 def test_reject_has_what_a_user_needs(tmp_path):
-    assert read(tmp_path / "a.fasta", ">a\n>b\nM\n")[0] == Reject("a", "no sequence", str(tmp_path / "a.fasta"), 1)
+    assert read(tmp_path / "a.fasta", ">a\n>b\nM\n")[0] == Reject(str(tmp_path / "a.fasta"), 1, "a", "no sequence")

@@ -1,5 +1,6 @@
 """`moltron embed`: every format holds every record in order; nothing is lost to a crash; odd records are named."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -160,8 +161,8 @@ def test_long_records_are_rejected_truncated_or_windowed(run, model_folder):
     result = read_any(path)
     assert result["ids"] == ["short", "end"] and np.array_equal(result["embeddings"], model.embed(["MKT", "GG"]))
     lines = Path(path + ".rejects.tsv").read_text().splitlines()
-    assert lines[0] == "id\tsource\tline\treason" and len(lines) == 2
-    assert lines[1].startswith("long\t") and "\t3\t" in lines[1] and "200 residues, the model reads 64" in lines[1]
+    assert lines[0] == "source\tline\tid\treason" and len(lines) == 2
+    assert "\t3\tlong\t200 residues, the model reads 64" in lines[1]
     for policy in ("truncate", "window"):
         path, report = run(records, f"{policy}.npz", long=policy, overlap=16, outputs=["embeddings", "hiddens"])
         assert (report.sequences, report.rejected, report.long) == (3, 0, 1)
@@ -183,13 +184,14 @@ def test_long_records_are_rejected_truncated_or_windowed(run, model_folder):
 
 def test_bad_records_are_named_and_the_exit_code_is_3(model_folder, tmp_path, capsys):
     source = tmp_path / "in [1].csv"
-    source.write_text("id,sequence,more\nA,mkt*,1\nB,---,2\nC\nD,MKV,3\n")
+    source.write_bytes(b'id,sequence,more\nA,mkt*,1\nB,---,2\nC\nD,MKV,3\n\xff\n"tab\t"",here"\n')
     output = str(tmp_path / "out,=.h5")
     arguments = ["embed", f"model={model_folder}", f"input={source}", f"output={output}", "device=cpu"]
     assert main(arguments) == 3
     assert read_any(output)["ids"] == ["A", "D"]
-    rejects = [line.split("\t") for line in Path(output + ".rejects.tsv").read_text().splitlines()[1:]]
-    assert [(row[0], row[2]) for row in rejects] == [("B", "3"), ("C", "4")]
+    with open(output + ".rejects.tsv", encoding="utf-8", newline="") as file:
+        rejects = [(row["id"], row["line"]) for row in csv.DictReader(file, delimiter="\t")]
+    assert rejects == [("B", "3"), ("C", "4"), ("?", "6"), ('tab\t",here', "7")]
     source.write_text("id,sequence\nA,MKT\n")
     assert main([*arguments, "overwrite=true"]) == 0
     assert read_any(output)["ids"] == ["A"] and not os.path.exists(output + ".rejects.tsv")

@@ -85,8 +85,9 @@ def test_bad_records_are_listed_and_do_not_shift_the_rest(run, tmp_path):
     report, rows = run(["CC", "CC"], records=records, num_samples=1)
     assert [row["id"] for row in rows] == ["m0", "m3"] and report["rejected"] == 2
     lines = (tmp_path / "out.csv.rejects.tsv").read_text().splitlines()
-    assert "m1" in lines[1] and "3\tRDKit cannot read this SMILES" in lines[1]
-    assert "m2" in lines[2] and "25 tokens, the model reads 24" in lines[2]
+    assert lines[0] == "source\tline\tid\treason"
+    assert lines[1].endswith("3\tm1\tRDKit cannot read this SMILES")
+    assert lines[2].endswith("4\tm2\t25 tokens, the model reads 24")
 
 
 def test_a_command_that_was_stopped_goes_on(run, tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def read_clusters(path: str, column: str | None, spool: Spool, rows: np.ndarray,
                 (line, row), here = chunk[at], found[at]
                 if known[here]:
                     if keys[here] != labels[at]:
-                        rejects.add(row[id_at], "listed in a second cluster, stays in the first", path, line)
+                        rejects.add(path, line, row[id_at], "listed in a second cluster, stays in the first")
                     continue
                 known[here], keys[here] = True, labels[at]
                 if split_at >= 0:
@@ -120,9 +120,9 @@ def read_mapping(path: str, spool: Spool, input_rows: np.ndarray, member_rows: n
                 mapped[head] = True
                 for name, member in pairs:
                     if member < 0:
-                        rejects.add(name, "member is not in the members file", path, line)
+                        rejects.add(path, line, name, "member is not in the members file")
                     elif owner[member] >= 0:
-                        rejects.add(name, "member is listed a second time", path, line)
+                        rejects.add(path, line, name, "member is listed a second time")
                     else:
                         owner[member] = head
         spool.sources.append(source.describe(source.line))

@@ -182,7 +182,7 @@ def _kept(
     for rows, source, batch in spool.batches():
         split, reason = decision.split[rows], decision.reason[rows]
         for at in np.flatnonzero((reason > 0) & (reason != UNUSED)):
-            rejects.add(batch[0][at].as_py(), REASONS[int(reason[at])], source, batch[2][at].as_py())
+            rejects.add(source, batch[2][at].as_py(), batch[0][at].as_py(), REASONS[int(reason[at])])
         for number, name in present.items():
             chosen = batch.filter(pa.array(split == number))
             if len(chosen):

@@ -8,7 +8,6 @@ Knows nothing of splits.
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -22,7 +21,7 @@ from moltron.common.logging import Progress
 from moltron.config.schema import PrepareConfig
 from moltron.data.prepare.keys import key
 from moltron.data.prepare.molecules import CHUNK, LONGEST, Workers, canonicalize
-from moltron.data.readers import Record, Reject, Source, check_alphabet
+from moltron.data.readers import Record, Reject, Source, check_alphabet, reject_table
 from moltron.tokenizers import clean, get_tokenizer
 
 _SCHEMA = pa.schema([("id", pa.string()), ("sequence", pa.string()), ("line", pa.int64())])
@@ -32,16 +31,15 @@ Item = TypeVar("Item")
 
 
 class Rejects:
-    """rejects.tsv: source, line, id, reason; and how many of each reason."""
+    """rejects.tsv, and how many there are of each reason."""
 
     def __init__(self, path: Path) -> None:
         self.counts: Counter[str] = Counter()
         file = open(path, "w", encoding="utf-8", errors="replace", newline="")  # noqa: SIM115
         self.close = file.close
-        self._table = csv.writer(file, delimiter="\t", lineterminator="\n")
-        self._table.writerow(["source", "line", "id", "reason"])
+        self._table = reject_table(file)
 
-    def add(self, id: str, reason: str, source: str, line: int) -> None:
+    def add(self, source: str, line: int, id: str, reason: str) -> None:
         self.counts[reason] += 1
         self._table.writerow([source, line, id, reason])
 
@@ -82,15 +80,12 @@ class Spool:
         ids, sequences, lines, letters = [], [], [], 0
         for item, sequence, length, problem in (self._molecules if molecules else self._proteins)(source):
             self.num_read += 1
-            if isinstance(item, Reject):
-                rejects.add(*item)
-                continue
             if problem is None and length < config.min_length:
                 problem = f"shorter than min_length={config.min_length}"
             elif problem is None and length > longest:
                 problem = f"longer than max_length={longest}"
             if problem is not None:
-                rejects.add(item.id, problem, item.source, item.line)
+                rejects.add(item.source, item.line, item.id, problem)
                 continue
             ids.append(item.id)
             sequences.append(sequence)
@@ -106,7 +101,7 @@ class Spool:
     def _proteins(self, source: Source) -> Iterator[Prepared]:
         for item in check_alphabet(source.records(), get_tokenizer("esm2")):
             if isinstance(item, Reject):
-                yield item, b"", 0, None
+                yield item, b"", 0, item.reason
             else:
                 sequence, problem = self._clean(item.sequence)
                 yield item, sequence, len(sequence), problem
@@ -119,7 +114,7 @@ class Spool:
             found = iter(results)
             for item in chunk:
                 if isinstance(item, Reject):
-                    yield item, b"", 0, None
+                    yield item, b"", 0, item.reason
                     continue
                 molecule = next(found)
                 if molecule.changes:

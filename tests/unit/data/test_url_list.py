@@ -1,15 +1,19 @@
 """moltron download urls=…: against a server of our own that breaks, forgets ranges, or changes its files."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from moltron.checkpoint import url_list
-from moltron.checkpoint.download import download
-from moltron.checkpoint.url_list import FAILED, fetch_list, read_list
+from moltron.cli.commands import download
+from moltron.common.lock import locked
 from moltron.config.schema import DownloadConfig
+from moltron.data.prepare import url_list
+from moltron.data.prepare.url_list import FAILED, fetch_list, read_list
+from moltron.data.readers import expand_inputs
 
 
 class Server:
@@ -132,6 +136,38 @@ def test_failures_are_listed_and_the_rest_is_there(server, run, tmp_path):
     assert run("@/later") and not (tmp_path / "out" / FAILED).exists()
 
 
+HOLD = """
+import sys
+from pathlib import Path
+from moltron.common.lock import locked
+with locked(Path(sys.argv[1]), 0, lambda x: x):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_command_is_told(server, run, tmp_path):
+    server.files, out = {"/a": b"a"}, tmp_path / "out"
+    command = [sys.executable, "-c", HOLD, str(out / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=rf"out/\.lock is held by process {holder.pid}"):
+            run("@/a")
+        assert server.requests == [] and [f.name for f in out.iterdir()] == [".lock"]
+        holder.communicate()
+    assert [f.name for f in run("@/a").iterdir()] == ["a"]
+
+
+def test_prepare_reads_only_what_is_whole(server, run, tmp_path):
+    server.files, server.faults = {"/a.smi": b"CCO a\n", "/b.smi": b"CCN b\n"}, {"/b.smi": ["cut"] * 5}
+    with pytest.raises(ValueError, match="1 of 2 files failed"):
+        run("@/a.smi", "@/b.smi")
+    out = tmp_path / "out"
+    with locked(out / ".lock", 0, lambda x: x):
+        assert sorted(f.name for f in out.iterdir()) == [".lock", "a.smi", "b.smi.partial", "b.smi.partial-of", FAILED]
+        assert expand_inputs(out) == [str(out / "a.smi")]
+
+
 def test_names_are_safe_and_different(tmp_path):
     urls = ["http://h/a/x.smi", "http://h/b/x.smi", "http://h/..%2f..%2fetc%2fpasswd", "http://h/.hidden?x=/y"]
     (tmp_path / "l").write_text("\n".join(urls))
@@ -153,7 +189,7 @@ def test_as_a_command(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(url_list, "TRIES", 1)
     server.files = {"/a.smi": b"CCO a\n"}
     (tmp_path / "l").write_text(f"{server.url}/a.smi\n")
-    download(DownloadConfig(urls=str(tmp_path / "l"), output=str(tmp_path / "out")))
+    assert download(DownloadConfig(urls=str(tmp_path / "l"), output=str(tmp_path / "out"))) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out")
     for wrong in ({"urls": "x"}, {"output": "x"}, {"urls": "x", "output": "y", "name": "esm2_8M"}):
         with pytest.raises(ValueError, match="belong together"):

@@ -3,13 +3,12 @@
     "URL [sha256 or md5]" a line ──read_list──> Items ──threads: NAME.partial, Range──hash──rename──> OUTPUT/NAME
                                                     └── what failed ──> OUTPUT/failed.urls, itself such a list
 
-A file that is there under its name is whole: the same command again fetches only what is missing. Knows nothing of
-what is in the files.
+A file that is there under its name is whole: the same command again fetches only what is missing. One command at a
+time has the folder. Knows nothing of what is in the files.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
 import re
@@ -22,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+from moltron.common.lock import locked
 from moltron.common.logging import Progress, get_logger
 
 FAILED = "failed.urls"  # not a name that `moltron prepare` reads from a folder
@@ -43,12 +43,27 @@ class Refused(Exception):
 def fetch_list(path: str | Path, output: str | Path, wait: float = 1.0) -> Path:
     """Downloads what `path` lists into the folder `output`. wait: seconds before the second try, then doubled.
 
-    Raises: ValueError for a list that cannot be read, or naming the number of files that failed, when all were tried.
+    Raises: ValueError for a list that cannot be read, a folder that another process has, or naming the number of files
+    that failed, when all were tried.
     """
     items, folder = read_list(path), Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock", 0, lambda problem: problem):
+        log.info("%d files of %s into %s", len(items), path, folder)
+        failed = _fetch_all(items, folder, wait)
+        (folder / FAILED).unlink(missing_ok=True)
+        if failed:
+            lines = [f"{i.url} {i.digest} # {failed[i.url]}\n" for i in items if i.url in failed]
+            (folder / FAILED).write_text("".join(lines), encoding="utf-8")
+            raise ValueError(
+                f"{len(failed)} of {len(items)} files failed, e.g. {': '.join(next(iter(failed.items())))}; "
+                f"{folder / FAILED} has all. The same command tries these again"
+            )
+    return folder
+
+
+def _fetch_all(items: list[Item], folder: Path, wait: float) -> dict[str, str]:
+    """-> {URL: why it failed}."""
     failed: dict[str, str] = {}
-    log.info("%d files of %s into %s", len(items), path, folder)
     with Progress("files", len(items)) as progress, ThreadPoolExecutor(CONNECTIONS) as threads:
         tasks = {threads.submit(_fetch, item, folder, wait): item for item in items}
         try:
@@ -59,15 +74,7 @@ def fetch_list(path: str | Path, output: str | Path, wait: float = 1.0) -> Path:
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise
-    (folder / FAILED).unlink(missing_ok=True)
-    if failed:
-        lines = [f"{i.url} {i.digest} # {failed[i.url]}\n" for i in items if i.url in failed]
-        (folder / FAILED).write_text("".join(lines), encoding="utf-8")
-        raise ValueError(
-            f"{len(failed)} of {len(items)} files failed, e.g. {': '.join(next(iter(failed.items())))}; "
-            f"{folder / FAILED} has all. The same command tries these again"
-        )
-    return folder
+    return failed
 
 
 def read_list(path: str | Path) -> list[Item]:
@@ -113,18 +120,10 @@ def _name(url: str) -> str:
 
 
 def _fetch(item: Item, folder: Path, wait: float) -> str | None:
-    """-> why it failed, or None."""
-    target, locked = folder / item.name, folder / f"{item.name}.lock"
-    with open(locked, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # against the same command run twice
-        try:
-            return None if target.is_file() and _has(target, item.digest) else _attempt(item, target, wait)
-        finally:
-            locked.unlink(missing_ok=True)
-
-
-def _attempt(item: Item, target: Path, wait: float) -> str | None:
-    """As `_fetch`, of a file that is not there; TRIES times."""
+    """TRIES times, unless the server refuses -> why it failed, or None."""
+    target = folder / item.name
+    if target.is_file() and _has(target, item.digest):
+        return None
     partial, reason = target.with_name(f"{target.name}.partial"), ""
     for attempt in range(TRIES):
         time.sleep(wait * 2 ** (attempt - 1) if attempt else 0)
