@@ -242,12 +242,15 @@ class Source:
             ) from error
 
     def rows(self, delimiter: str | None = None, quoted: bool = True) -> Iterator[tuple[int, list[str]]]:
-        """(line, cells) of a table, blank lines left out. delimiter: else a tab if line 1 has one, or a comma."""
+        """(line, cells) of a table, blank lines left out.
+
+        delimiter: else a tab if line 1 has one, else what it has more of: commas, or Excel's semicolons.
+        """
         csv.field_size_limit(1 << 30)  # the default stops at 128 KiB; titin and cluster members are longer
         lines = self.lines()
         first = next((line for line in lines if line.strip()), "")
         before = offset = max(self.line - 1, 0)
-        delimiter = delimiter or ("\t" if "\t" in first else ",")
+        delimiter = delimiter or ("\t" if "\t" in first else max(",;", key=first.count))
         quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True, quoting=quoting)
         try:
@@ -317,6 +320,7 @@ class Source:
         for wanted in (id_column, sequence_column):
             if wanted and wanted not in names:
                 raise ValueError(f"{self.path} has no column {wanted!r}; it has {', '.join(names)}")
+        self._width = len(names)
         self._sequence = names.index(sequence_column) if sequence_column else self._find_sequence(names, id_column)
         ids = [i for i, name in enumerate(names) if re.fullmatch("id|.*_id", name, re.IGNORECASE)]
         chosen = [names.index(id_column)] if id_column else [i for i in (*ids, 0) if i != self._sequence]
@@ -353,6 +357,10 @@ class Source:
         for line, row in self._rows:
             if len(row) <= need:
                 yield Reject(self.path, line, row[0], f"fewer than {need + 1} columns")
+                continue
+            if any(cell.strip() for cell in row[self._width :]):  # which of them is the sequence?
+                name = "" if self._id is None else row[self._id].strip()
+                yield Reject(self.path, line, name, "more cells than columns: quote what has the separator in it")
                 continue
             name = self._made_id(line) if self._id is None else row[self._id].strip()
             yield Record(name, _bytes(row[self._sequence]), self.path, line)

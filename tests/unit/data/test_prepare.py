@@ -166,6 +166,12 @@ def test_split_by_file_takes_leaks_out_of_train(tmp_path):
     assert manifest["rejects"] == {leak: 3}
 
 
+def test_a_training_split_that_val_takes_whole_is_an_error(tmp_path):
+    records = made_up(4)
+    with pytest.raises(ValueError, match="nothing is left to train on"):
+        run(tmp_path, records, val_input=fasta(tmp_path / "v.fa", records))
+
+
 # ---- clusters
 
 

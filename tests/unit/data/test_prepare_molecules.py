@@ -106,6 +106,15 @@ def test_without_variants(tmp_path):
     assert Store.open(output / "train.arrow").lengths.tolist() == [3, 8]
 
 
+def test_what_rdkit_would_take_for_a_name_is_no_smiles(tmp_path):
+    (tmp_path / "m.csv").write_text("id,smiles\na,CCO\nb,CC O\nc,CC\u041e\nd, CCN \n", encoding="utf-8")
+    config = PrepareConfig(input=str(tmp_path / "m.csv"), output=str(tmp_path / "out"), variants=0, workers=1)
+    prepare(config)
+    assert rows(tmp_path / "out") == [("a", "CCO"), ("d", "CCN")]
+    reason = "white space or other than ASCII in this SMILES"
+    assert sorted(rejects(tmp_path / "out")) == [("3", "b", reason), ("4", "c", reason)]
+
+
 def test_rejects_have_their_line(tmp_path):
     lines = [
         "OCC a",

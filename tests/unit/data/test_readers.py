@@ -122,6 +122,20 @@ def test_csv_with_quotes_and_line_numbers(tmp_path):
     ]
 
 
+def test_a_row_with_too_many_cells_is_a_reject(tmp_path):
+    """Which of them is the sequence? A name with a comma and without quotes moves all that follow."""
+    text = "id,name,sequence\na,alpha, beta,MKT\nb,gamma,MKT\nc,delta,MKT,,\n"
+    assert short(read(tmp_path / "a.csv", text)) == [
+        ("a", "more cells than columns: quote what has the separator in it", 2),
+        ("b", b"MKT", 3),
+        ("c", b"MKT", 4),
+    ]
+
+
+def test_semicolons_of_excel(tmp_path):
+    assert short(read(tmp_path / "a.csv", "id;sequence\na;MKT\nb,c;AA\n")) == [("a", b"MKT", 2), ("b,c", b"AA", 3)]
+
+
 @pytest.mark.parametrize(
     ("header", "columns", "expected"),
     [
@@ -138,7 +152,8 @@ def test_csv_with_quotes_and_line_numbers(tmp_path):
     ],
 )
 def test_columns(tmp_path, header, columns, expected):
-    row = "1\t2\t3" if "\t" in header else "1,2,3"
+    separator = "\t" if "\t" in header else ","
+    row = separator.join("123"[: len(header.split(separator))])
     item = read(tmp_path / "a.csv", f"\ufeff{header}\r\n{row}\r\n", **columns)[0]
     assert (item.id, item.sequence) == expected
 

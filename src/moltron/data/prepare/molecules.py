@@ -69,8 +69,10 @@ def canonicalize(molecules: list[bytes], config: PrepareConfig) -> list[Canonica
         return part.GetNumHeavyAtoms(), Descriptors.MolWt(part), Chem.MolToSmiles(part)
 
     def one(smiles: bytes) -> Canonical:
-        changes = {}
-        molecule = Chem.MolFromSmiles(smiles.decode("ascii", "replace").strip())
+        changes, smiles = {}, smiles.strip()
+        if not smiles.isascii() or len(smiles.split()) > 1:  # RDKit would take the rest for a name
+            return Canonical(b"", 0, "white space or other than ASCII in this SMILES", {})
+        molecule = Chem.MolFromSmiles(smiles.decode())
         if molecule is None:
             return Canonical(b"", 0, "RDKit cannot read this SMILES", {})
         if not molecule.GetNumAtoms():

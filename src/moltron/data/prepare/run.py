@@ -147,6 +147,10 @@ def _write(
     present = {split: NAMES[split] for split in (TRAIN, VAL, TEST) if (decision.split == split).any()}
     if not present:
         raise ValueError(f"no record is left: {dict(rejects.counts)}")
+    if TRAIN not in present and (config.val_input or config.test_input):
+        raise ValueError(
+            "nothing is left to train on: each record of input is rejected, or in val_input or test_input, too"
+        )
     molecules = spool.kind == "molecule"
     names = None
     if molecules:
