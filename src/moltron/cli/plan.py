@@ -252,10 +252,13 @@ def _describe(request: Request, found: Choice, model: Any) -> str:
         ("context, NCCL, allocator", found.extra, ""),
         ("in all", total, f"of {config.memory * USABLE:.1f}" + ("" if found.fits else ": does not fit")),
     ]
+    wanted = request.config.batch
+    times = b.packs * b.tokens / (wanted.packs * wanted.tokens)
     lines = [
         f"{request.model}: {num_parameters(model):,} parameters, {_gpus(config)}",
         f"mesh: {' × '.join(f'{axis} {n}' for axis, n in shape.items() if n > 1) or 'one GPU'}; {b.packs} packs of "
-        f"{b.tokens:,} tokens, {b.packs * b.tokens:,} a step",
+        f"{b.tokens:,} tokens, {b.packs * b.tokens:,} a step"
+        + (f", {times:.1f} × the preset's: each GPU wants a pack" if times > 1.1 else ""),
         "",
         "Peak of the fullest GPU, GiB",
         *(f"  {part:<26}{size / GIB:>8.2f}   {note}".rstrip() for part, size, note in rows),

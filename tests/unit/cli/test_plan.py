@@ -69,6 +69,11 @@ def test_what_shards_cannot_do_is_cut_inside_of_a_node(capsys):
     assert any(pipelines) and pipelines == sorted(pipelines)
 
 
+def test_a_larger_step_is_told(capsys):
+    assert "3,072 a step, 3.0 × the preset's" in run(capsys, "pretrain_prott5_small", "--gpus", "3")[1]
+    assert "× the preset's" not in run(capsys, "pretrain_prott5_small", "--gpus", "1")[1]
+
+
 def test_a_decoder_keeps_its_share(capsys):
     config = chosen(capsys, "megamolbart_small", "--gpus", "8", "--memory", "40")
     assert (config.batch.tokens, config.batch.decoder_tokens, config.batch.packs) == (32768, 40960, 8)
