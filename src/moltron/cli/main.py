@@ -100,16 +100,17 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    arguments, others = parser.parse_known_args(argv)  # argparse stops collecting key=value at the first option
-    if stray := [other for other in others if other.startswith("-") or "=" not in other]:
-        parser.error(f"unrecognized arguments: {' '.join(stray)}")
-    arguments.overrides += others
-    command = COMMANDS[arguments.command]
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        parser = _parser(argv)
+        arguments, others = parser.parse_known_args(argv)  # argparse stops collecting key=value at the first option
+        if stray := [other for other in others if other.startswith("-") or "=" not in other]:
+            parser.error(f"unrecognized arguments: {' '.join(stray)}")
+        arguments.overrides += others
+        command = COMMANDS[arguments.command]
         config = command.load(command.schema, arguments)
     except compose.ConfigError as error:
-        print(f"moltron {arguments.command}: {error}", file=sys.stderr)
+        print(f"moltron {argv[0]}: {error}", file=sys.stderr)
         return 2
     try:
         return command.run(config)
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moltron",
         description="Train, run and convert biomolecular language models.",
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
             help=command.summary,
             description=command.summary,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog=f"example:\n  {command.example}\n\nkeys (default):\n{_describe_keys(command.schema)}",
+            epilog=f"example:\n  {command.example}\n\n{_describe_keys(command, argv)}",
         )
         if command.model:
             one.add_argument("model", metavar="MODEL", help="a preset of a model or of a training")
@@ -154,14 +155,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _describe_keys(root: type) -> str:
-    """One line a key: name, default and the comment beside it in the schema's source."""
-    lines, defaults = [], root()
+def _describe_keys(command: Command, argv: Sequence[str]) -> str:
+    """One line a key: name, default, or its value in the preset that `argv` names, and the comment beside it."""
+    root, title = command.schema, "default"
+    values = root()
+    if command.presets and {"-h", "--help"} & {*argv}:
+        early = argparse.ArgumentParser(add_help=False)
+        early.add_argument("--config-name")
+        early.add_argument("--config-dir", action="append", default=[])
+        chosen = early.parse_known_args(argv)[0]
+        if chosen.config_name is not None:
+            given = [f"{key}=required" for key, _ in compose.schema_fields(root) if attrgetter(key)(values) == "???"]
+            values, title = compose.load_config(root, given, chosen.config_name, chosen.config_dir), chosen.config_name
+    lines = [f"keys ({title}):"]
     for key, field in compose.schema_fields(root):
         owner = _owner(root, key)
         found = re.search(rf"^    {field.name}: .*?  # (.*)$", _source(owner), re.MULTILINE)
-        default = attrgetter(key)(defaults)
-        shown = "required" if default == "???" else str(default).lower() if isinstance(default, bool) else default
+        value = attrgetter(key)(values)
+        shown = "required" if value == "???" else str(value).lower() if isinstance(value, bool) else value
         text = f"  {key} ({shown})"
         lines.append(f"{text:<44} {found.group(1)}" if found else text)
     return "\n".join(lines).replace("%", "%%")

@@ -9,6 +9,7 @@ import pytest
 
 from moltron.cli import main as cli
 from moltron.config import compose
+from moltron.config.schema import TrainConfig
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -21,9 +22,20 @@ def test_help_shows_an_example_and_every_key(name, capsys):
         assert f"  {key} (" in shown
 
 
+def test_help_shows_the_values_of_a_preset(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config-name", "pretrain_esm2_8M", "--help"])
+    shown = capsys.readouterr().out
+    assert "keys (pretrain_esm2_8M):" in shown and "run_dir (required)" in shown
+    packs = compose.load_config(TrainConfig, ["run_dir=r", "data.path=d"], "pretrain_esm2_8M").batch.packs
+    assert f"batch.packs ({packs})" in shown and f"batch.packs ({TrainConfig().batch.packs})" not in shown
+    assert cli.main(["train", "--config-name", "nope", "--help"]) == 2
+    assert "no such preset" in capsys.readouterr().err
+
+
 def test_help_shows_the_defaults_of_its_command():
-    assert "objective.name (auto)" in cli._describe_keys(cli.COMMANDS["evaluate"].schema)
-    assert "objective.name (masked_lm)" in cli._describe_keys(cli.COMMANDS["train"].schema)
+    assert "objective.name (auto)" in cli._describe_keys(cli.COMMANDS["evaluate"], [])
+    assert "objective.name (masked_lm)" in cli._describe_keys(cli.COMMANDS["train"], [])
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
