@@ -52,7 +52,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 
     Its shares: validity, valid of all generated; uniqueness, different ones of a seed's valid ones, mean over seeds;
     novelty, of the valid ones those not in the reference and not the seed; nuv, of all generated those that are valid,
-    novel and the first of their kind of a seed. qed and similarity are means over the valid ones.
+    novel and the first of their kind of a seed. qed and similarity are means over the valid ones, None without any.
     Raises ValueError for settings that cannot work, a model without a decoder, or an output that exists.
     """
     sampling = _check(config)
@@ -147,7 +147,8 @@ class _Job:
             self.rejects.unlink()
         else:
             log.warning("%d records were rejected, see %s", tally.rejected, self.rejects)
-        report = {**tally.report(), **self.settings, "reference": config.reference or "the input"}
+        used = {"reference": config.reference or "the input", "scaled_radius": self.sampling.scaled_radius}
+        report = {**tally.report(), **self.settings, **used}
         write_json(output.with_suffix(".json"), report)
         draw_grid(output.with_suffix(".png"), tally.shown)
         self.file.unlink()
@@ -294,7 +295,7 @@ class Tally:
             "uniqueness": self.uniqueness / max(self.unique, 1),
             "novelty": self.novel / some,
             "nuv": self.nuv / max(self.generated, 1),
-            "qed": self.qed / some,
-            "similarity": self.similarity / some,
+            "qed": self.qed / some if self.valid else None,
+            "similarity": self.similarity / some if self.valid else None,
             "rejected": self.rejected,
         }

@@ -123,6 +123,13 @@ def test_a_failure_inside_rdkit_is_a_molecule_that_it_cannot_read(monkeypatch):
     assert chemistry.problem(b"CCO") == "RDKit cannot read this SMILES"
 
 
+def test_no_valid_molecule_has_no_mean_and_the_radius_that_was_used_is_said(run):
+    report, _ = run(["C1CC"] * 3, num_samples=1)
+    assert report["qed"] is None and report["similarity"] is None and report["validity"] == 0
+    assert report["scaled_radius"] == 1.0
+    assert run(["CC", "CN"], method="interpolate", num_samples=1, overwrite=True)[0]["scaled_radius"] == 0.0
+
+
 def test_ctrl_c_is_not_the_workers_affair():
     smiles = ["OCC"] * chemistry.FEW
     with chemistry.Judges() as judges:
