@@ -147,7 +147,7 @@ def fill(
     for name, tensor in source.weights:
         give(name, tensor)
     if contacts := [name for name in left if name.startswith("contact_head.")]:
-        log.info("%s: no contact regression; predicted contacts mean nothing", source.path)
+        log.info("%s: no contact regression, so no predicted contacts", source.path)
     for name in contacts:
         give(name, torch.zeros(left[name].shape))
     if left and set(left) != head:

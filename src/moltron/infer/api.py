@@ -99,7 +99,10 @@ class Model:
 
     @torch.inference_mode()
     def contacts(self, sequence: str) -> np.ndarray:
-        """(L, L) fp32, probability of contact of each pair of residues. Raises ValueError without a contact head."""
+        """(L, L) fp32, probability of contact of each pair of residues.
+
+        Raises ValueError without a fitted contact head: published ESM-1b and ESM-2 weights have one, ours do not.
+        """
         (cleaned,) = self._cleaned([sequence])
         (ids,), _, _ = self._pieces([cleaned], "error", self.max_residues(), 0)
         n = len(ids)

@@ -34,6 +34,7 @@ from moltron.common.manifest import read_json, write_json
 from moltron.config.schema import EmbedConfig
 from moltron.data.readers import Reject, read_records, reject_table
 from moltron.infer.api import Model
+from moltron.infer.chemistry import Judges
 from moltron.infer.engine import POOLINGS, Wanted, ahead
 from moltron.infer.windows import POLICIES, default_overlap
 from moltron.infer.writers import FORMATS, Column, Rows, is_done, write_output, write_shard
@@ -183,9 +184,10 @@ class _Job:
         with (
             open(rejects, "w", encoding="utf-8", errors="replace", newline="") as file,
             ThreadPoolExecutor(1) as writer,
+            Judges() as judging,
             Progress("embed", None, enabled=rank == 0) as progress,
         ):
-            for index, (ids, sequences, is_full) in enumerate(ahead(self._read(reject_table(file)), depth=1)):
+            for index, (ids, sequences, is_full) in enumerate(ahead(self._read(reject_table(file), judging), depth=1)):
                 path = self.folder / f"{index:06d}.parquet"
                 self.shards.append(path)
                 self.report.shards += 1
@@ -209,8 +211,8 @@ class _Job:
                 writing.pop().result()
         if self.report.reused:
             log.info("%d shards of an earlier run were found done in %s", self.report.reused, self.folder)
-        if self.letters and rank == 0:
-            log.warning("odd letters, by the rule of moltron.tokenizers.clean: %s", dict(self.letters))
+        if (letters := dict(+self.letters)) and rank == 0:
+            log.warning("odd letters, by the rule of moltron.tokenizers.clean: %s", letters)
 
     def _compute(self, ids: list[str], sequences: list[bytes]) -> dict[str, Any]:
         """What `write_shard` writes; equal sequences are computed once."""
@@ -227,20 +229,21 @@ class _Job:
             records["logits"] = [results.logits[i] for i in which]
         return records
 
-    def _read(self, rejects: Any) -> Iterator[tuple[list[str], list[bytes], bool]]:
+    def _read(self, rejects: Any, judging: Judges) -> Iterator[tuple[list[str], list[bytes], bool]]:
         """Shards (ids, sequences, is it full), cut by number and size of results; the rest goes to `rejects`."""
         config, itemsize = self.config, np.dtype(self.config.dtype).itemsize
         a_record = itemsize * sum(c.width for c in self.columns if not c.ragged)
         a_residue = itemsize * sum(c.width for c in self.columns if c.ragged) + 9  # a letter and its id
         ids, sequences, size = [], [], 0
         tokenizer = self.model.tokenizer
-        for record in read_records(config.input, config.id_column, config.sequence_column, tokenizer):
+        records = read_records(config.input, config.id_column, config.sequence_column, tokenizer)
+        for record in judging.check(records) if tokenizer.alphabet == "molecule" else records:
             if isinstance(record, Reject):
                 sequence, letters, reason = b"", {}, record.reason
             else:
                 sequence, letters = tokenizer.clean(record.sequence)
                 reason = None if sequence else "no residues"
-            length = len(tokenizer.codes(sequence))
+            length = len(codes := tokenizer.codes(sequence))
             if length > self.limit and config.long == "error":
                 remedy = "long=truncate or long=window embeds it"
                 reason = f"{length} residues, the model reads {self.limit}: {remedy}"
@@ -248,7 +251,7 @@ class _Job:
                 self.report.rejected += 1
                 rejects.writerow(Reject(record.source, record.line, record.id, reason))
                 continue
-            self.letters.update(letters)
+            self.letters.update(letters, unknown_tokens=codes.count(0))
             self.report.long += length > self.limit
             ids.append(record.id)
             sequences.append(sequence)

@@ -1,4 +1,4 @@
-"""What RDKit says of generated molecules: whether they are any, how drug-like, how near to where they came from.
+"""What RDKit says of molecules: whether they are any, how drug-like, how near to where they came from.
 
 Light to import: worker processes do. Knows nothing of models.
 """
@@ -6,18 +6,24 @@ Light to import: worker processes do. Knows nothing of models.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from contextlib import ExitStack
+from functools import cached_property, lru_cache
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moltron.common.logging import get_logger
 from moltron.data.prepare import molecules
+from moltron.data.readers import Record, Reject
+from moltron.tokenizers import get_tokenizer
 
 log = get_logger(__name__)
 FEW = 500  # molecules that are judged sooner here than in other processes
+BATCH = 10_000  # records that are checked together
 COLUMNS, SEEDS = 6, 8  # of the picture: samples beside each seed, seeds
 
 
@@ -41,13 +47,37 @@ def rdkit() -> Any:
 
 def molecule(smiles: str) -> Any:
     """An RDKit molecule with atoms, or None."""
-    found = rdkit().MolFromSmiles(smiles) if smiles else None
+    try:
+        found = rdkit().MolFromSmiles(smiles) if smiles else None
+    except RuntimeError:  # an invariant of RDKit; one molecule of a billion must not stop the rest
+        return None
     return found if found is not None and found.GetNumAtoms() else None
 
 
 def canonical(smiles: str) -> str:
     found = molecule(smiles)
     return "" if found is None else rdkit().MolToSmiles(found)
+
+
+def problem(smiles: bytes) -> str | None:
+    """Why a model of molecules cannot read a SMILES, as a file has it; None: it can.
+
+    Of tokens, `moltron prepare` has the same rule.
+    """
+    if not smiles.isascii():
+        return "a SMILES is ASCII, this one is not"
+    if len(words := smiles.split()) != 1:
+        return "white space inside the SMILES"
+    if molecule(words[0].decode()) is None:
+        return "RDKit cannot read this SMILES"
+    codes = get_tokenizer(molecules.TOKENIZER).codes(words[0])
+    return None if any(codes) else "none of its tokens is in the vocabulary"
+
+
+def check(record: Record | Reject) -> Record | Reject:
+    """The same, or a Reject in place of a molecule that has a `problem`."""
+    reason = problem(record.sequence) if isinstance(record, Record) else None
+    return record if reason is None else Reject(record.source, record.line, record.id, reason)
 
 
 @lru_cache(maxsize=1)
@@ -71,14 +101,24 @@ def judge(pair: tuple[str, tuple[str, ...]]) -> Judged:
     return Judged(rdkit().MolToSmiles(found), rdkit().QED.qed(found), similarity)
 
 
-class Judges(ProcessPoolExecutor):
-    """`judge` and `canonical` over many molecules, in order; worker processes come when there is enough to do."""
+class Judges(ExitStack):
+    """`check`, `judge` and `canonical` over many molecules, in order; worker processes come when there is enough to do,
+    one for each core, which the ranks of a machine share."""
 
-    def __init__(self) -> None:
-        super().__init__(os.cpu_count(), get_context("spawn"))  # a process that has used CUDA must not fork
+    @cached_property
+    def workers(self) -> ProcessPoolExecutor:
+        number = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        context = get_context("spawn")  # a process that has used CUDA must not fork
+        pool = ProcessPoolExecutor(number, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        self.callback(pool.shutdown, cancel_futures=True)  # Ctrl-C is this process's affair
+        return pool
 
     def each(self, function: Any, items: Sequence[Any]) -> Iterable[Any]:
-        return map(function, items) if len(items) < FEW else self.map(function, items, chunksize=100)
+        return map(function, items) if len(items) < FEW else self.workers.map(function, items, chunksize=100)
+
+    def check(self, records: Iterator[Record | Reject]) -> Iterator[Record | Reject]:
+        while some := list(islice(records, BATCH)):
+            yield from self.each(check, some)
 
 
 def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[Judged]]]) -> None:

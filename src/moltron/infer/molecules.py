@@ -1,6 +1,6 @@
 """`moltron generate`: molecules in, new ones near or between them out, and what came of it.
 
-    read_records ──clean, RDKit──> seeds ──Model.hiddens──> explore | interpolate ──> SMILES ──judge──> OUTPUT.csv
+    read_records ──RDKit, clean──> seeds ──Model.hiddens──> explore | interpolate ──> SMILES ──judge──> OUTPUT.csv
          └── broken, too long ──> OUTPUT.csv.rejects.tsv                OUTPUT.json (report), OUTPUT.png (molecules)
 
 In memory: one chunk of seeds, and the canonical SMILES of the reference. What is made of a seed depends on its number
@@ -28,7 +28,8 @@ from moltron.config.schema import GenerateConfig
 from moltron.data.readers import Reject, read_records, reject_table
 from moltron.data.store import Store
 from moltron.infer.api import Model
-from moltron.infer.chemistry import SEEDS, Judged, Judges, canonical, draw_grid, judge, molecule
+from moltron.infer.chemistry import SEEDS, Judged, Judges, canonical, draw_grid, judge
+from moltron.infer.engine import Wanted
 from moltron.infer.generate import Hypothesis
 from moltron.infer.sampling import METHODS, Sampling, interpolate
 from moltron.parallel.collectives import find_device
@@ -51,7 +52,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 
     Its shares: validity, valid of all generated; uniqueness, different ones of a seed's valid ones, mean over seeds;
     novelty, of the valid ones those not in the reference and not the seed; nuv, of all generated those that are valid,
-    novel and the first of their kind of a seed. qed and similarity are means over the valid ones.
+    novel and the first of their kind of a seed. qed and similarity are means over the valid ones, None without any.
     Raises ValueError for settings that cannot work, a model without a decoder, or an output that exists.
     """
     sampling = _check(config)
@@ -104,7 +105,7 @@ class _Job:
             if not self.last:
                 table.writerow(COLUMNS)
             a_seed = config.num_samples if config.method == INTERPOLATE else self.sampling.copies * self.sampling.kept
-            for i, (seeds, bad_ones) in enumerate(_chunks(config, self.model, max(1, CHUNK // a_seed))):
+            for i, (seeds, bad_ones) in enumerate(_chunks(config, self.model, judging, max(1, CHUNK // a_seed))):
                 if i < len(self.last):
                     self._compare(i, seeds)
                     continue
@@ -146,7 +147,8 @@ class _Job:
             self.rejects.unlink()
         else:
             log.warning("%d records were rejected, see %s", tally.rejected, self.rejects)
-        report = {**tally.report(), **self.settings, "reference": config.reference or "the input"}
+        used = {"reference": config.reference or "the input", "scaled_radius": self.sampling.scaled_radius}
+        report = {**tally.report(), **self.settings, **used}
         write_json(output.with_suffix(".json"), report)
         draw_grid(output.with_suffix(".png"), tally.shown)
         self.file.unlink()
@@ -184,27 +186,23 @@ def _reference(config: GenerateConfig, judging: Judges, tokenizer: Tokenizer) ->
     return set(judging.each(canonical, found)) - {""}
 
 
-def _chunks(config: GenerateConfig, model: Model, size: int) -> Iterator[tuple[list[Seed], list[Reject]]]:
+def _chunks(
+    config: GenerateConfig, model: Model, judging: Judges, size: int
+) -> Iterator[tuple[list[Seed], list[Reject]]]:
     """Usable records, and rejects. To interpolate, a chunk begins with the last seed before it."""
     limit, number = model.max_residues(), 0
     seeds: list[Seed] = []
     rejects: list[Reject] = []
     kept = 1 if config.method == INTERPOLATE else 0
-    for record in read_records(config.input, config.id_column, config.sequence_column, model.tokenizer):
+    for record in judging.check(read_records(config.input, config.id_column, config.sequence_column, model.tokenizer)):
         if isinstance(record, Reject):
             rejects.append(record)
             continue
-        smiles = model.tokenizer.clean(record.sequence)[0].decode("utf-8", "replace")
-        length = len(model.tokenizer.codes(smiles.encode()))
-        reason = None
-        if molecule(smiles) is None:
-            reason = "RDKit cannot read this SMILES"
-        elif length > limit:
-            reason = f"{length} tokens, the model reads {limit}"
-        if reason is not None:
-            rejects.append(Reject(record.source, record.line, record.id, reason))
+        smiles = model.tokenizer.clean(record.sequence)[0]
+        if (length := len(model.tokenizer.codes(smiles))) > limit:
+            rejects.append(Reject(record.source, record.line, record.id, f"{length} tokens, the model reads {limit}"))
             continue
-        seeds.append(Seed(number, record.id, smiles))
+        seeds.append(Seed(number, record.id, smiles.decode()))
         number += 1
         if len(seeds) == size + kept:
             yield seeds, rejects
@@ -216,8 +214,14 @@ def _chunks(config: GenerateConfig, model: Model, size: int) -> Iterator[tuple[l
 Group = tuple[str, tuple[str, ...], list[Hypothesis], list[str]]  # id, origins, what was made of them, as text
 
 
+def _hiddens(model: Model, seeds: list[Seed]) -> list[np.ndarray]:
+    """(L, D) fp32 of each; unlike `Model.hiddens` also of molecules with many tokens that the vocabulary lacks."""
+    (last,) = model.layer_numbers([-1])
+    return model.run([seed.smiles.encode() for seed in seeds], Wanted((last,), None, hiddens=True)).hiddens[last]
+
+
 def _near(model: Model, seeds: list[Seed], sampling: Sampling) -> Iterator[Group]:
-    hiddens = model.hiddens([seed.smiles for seed in seeds]) if seeds else []
+    hiddens = _hiddens(model, seeds)
     found = model.explore(hiddens, sampling, np.array([seed.number for seed in seeds], dtype=np.int64))
     for seed, hypotheses in zip(seeds, found, strict=True):
         yield seed.id, (seed.smiles,), hypotheses, [model.tokenizer.decode(h.ids) for h in hypotheses]
@@ -225,7 +229,7 @@ def _near(model: Model, seeds: list[Seed], sampling: Sampling) -> Iterator[Group
 
 def _between(model: Model, seeds: list[Seed], sampling: Sampling, count: int) -> Iterator[Group]:
     """Each seed and the next one."""
-    hiddens = model.hiddens([seed.smiles for seed in seeds]) if seeds else []
+    hiddens = _hiddens(model, seeds)
     for (a, b), (seed, following) in zip(pairwise(hiddens), pairwise(seeds), strict=True):
         numbers = seed.number * 2**20 + np.arange(count)
         found = [h[0] for h in model.explore(interpolate(a, b, count), sampling, numbers)]
@@ -291,7 +295,7 @@ class Tally:
             "uniqueness": self.uniqueness / max(self.unique, 1),
             "novelty": self.novel / some,
             "nuv": self.nuv / max(self.generated, 1),
-            "qed": self.qed / some,
-            "similarity": self.similarity / some,
+            "qed": self.qed / some if self.valid else None,
+            "similarity": self.similarity / some if self.valid else None,
             "rejected": self.rejected,
         }

@@ -22,10 +22,15 @@ def average_product_correction(maps_NLL: Tensor) -> Tensor:
 
 
 def predict_contacts(model: Encoder, batch: PackedBatch) -> Tensor:
-    """Probability of contact of every pair of residues, (L, L) fp32, for the first sequence of the batch."""
+    """Probability of contact of every pair of residues, (L, L) fp32, for the first sequence of the batch.
+
+    Raises ValueError where there is no regression, or one that was not fitted: its weights are 0.
+    """
     head = getattr(model, "contact_head", None)
     if head is None:
         raise ValueError("this model has no contact head; ESM-1b and ESM-2 have one")
+    if not head.weight.any():
+        raise ValueError("the contact head was not fitted; published ESM-1b and ESM-2 weights bring one that was")
     length = batch.layout.lengths[0]
     x_TD, rotary = model.embed_tokens(batch), model.rotary(batch)
     weight_LN = head.weight.float().view(len(model.layers), -1)

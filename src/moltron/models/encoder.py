@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleDict({str(i): EncoderBlock(style) for i in range(config.num_layers)})
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.head = MaskedLMHead(config.hidden_size, config.vocab_size, padded_vocab, config.layer_norm_eps, gelu)
-        self.contact_head: nn.Linear | None = None  # fitted after training, so it takes no gradient
+        self.contact_head: nn.Linear | None = None  # not trained, so it takes no gradient
         if contact_head:
             self.contact_head = nn.Linear(config.num_layers * config.num_heads, 1).requires_grad_(False)
 

@@ -69,5 +69,5 @@ class ModelSpec:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Parameters as the spec counts them: the contact head, a regression fitted after training, is left out."""
+    """Parameters as the spec counts them: the contact head, which training leaves alone, is left out."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("contact_head."))

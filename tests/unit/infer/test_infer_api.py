@@ -30,7 +30,11 @@ def test_shapes_and_order(model):
     assert model.embed([]).shape == (0, 48) and model.hiddens([]) == []
 
 
-def test_contacts(model):
+def test_contacts(model_folder):
+    model = load_model(model_folder, device="cpu")
+    with pytest.raises(ValueError, match="the contact head was not fitted"):  # as after any training
+        model.contacts(SEQUENCES[0])
+    model.module.contact_head.weight.data.normal_()
     contacts = model.contacts(SEQUENCES[0])
     assert contacts.shape == (22, 22)
     assert np.array_equal(contacts, model.contacts(SEQUENCES[0].lower()))

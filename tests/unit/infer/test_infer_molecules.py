@@ -2,13 +2,17 @@
 
 import csv
 import json
+import os
+import signal
 import sys
 
 import numpy as np
 import pytest
 
 from moltron.checkpoint.weights import save_pretrained
+from moltron.cli.main import main
 from moltron.config.schema import EvaluateConfig, GenerateConfig
+from moltron.data.readers import Record, Reject
 from moltron.data.store import Clusters, StoreWriter
 from moltron.infer import chemistry, molecules
 from moltron.infer.api import Model, load_model
@@ -88,6 +92,55 @@ def test_bad_records_are_listed_and_do_not_shift_the_rest(run, tmp_path):
     assert lines[0] == "source\tline\tid\treason"
     assert lines[1].endswith("3\tm1\tRDKit cannot read this SMILES")
     assert lines[2].endswith("4\tm2\t25 tokens, the model reads 24")
+
+
+def test_embed_and_generate_reject_the_same_molecules(folder, tmp_path):
+    """And go on: those with a few unknown tokens are used, as in training."""
+    records = ["CCO", "C1CC(", "hello", "CCO>>CC=O", "CCCCC pentane", "C C", "CCé", "[13CH4]", "[H][H]", "*CC*", " CN "]
+    (tmp_path / "in.csv").write_text(
+        "id,smiles\n" + "".join(f"m{i},{s}\n" for i, s in enumerate(["C" * 23] * 9 + records))
+    )
+    keys = [f"model={folder}", f"input={tmp_path / 'in.csv'}", "device=cpu"]
+    assert main(["embed", *keys, f"output={tmp_path / 'out.npz'}"]) == 3
+    assert main(["generate", *keys, f"output={tmp_path / 'out.csv'}", "num_samples=1", "max_tokens=3"]) == 3
+    assert np.load(tmp_path / "out.npz")["ids"].tolist() == [f"m{i}" for i in (*range(10), 18, 19)]
+    with open(tmp_path / "out.csv", newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == [f"m{i}" for i in (*range(10), 18, 19)]
+    rejects = (tmp_path / "out.csv.rejects.tsv").read_text()
+    assert (tmp_path / "out.npz.rejects.tsv").read_text() == rejects
+    rows = list(csv.DictReader(rejects.splitlines(), delimiter="\t"))
+    assert [(row["id"], int(row["line"])) for row in rows] == [(f"m{i}", i + 2) for i in range(10, 18)]
+    unread, space, tokens = "RDKit cannot read", "white space inside", "none of its tokens is in the vocabulary"
+    reasons = [unread] * 3 + [space] * 2 + ["a SMILES is ASCII"] + [tokens] * 2
+    assert all(row["reason"].startswith(reason) for row, reason in zip(rows, reasons, strict=True))
+
+
+def test_a_failure_inside_rdkit_is_a_molecule_that_it_cannot_read(monkeypatch):
+    def fail(smiles):
+        raise RuntimeError("Pre-condition Violation")
+
+    monkeypatch.setattr(chemistry.rdkit(), "MolFromSmiles", fail)
+    assert chemistry.problem(b"CCO") == "RDKit cannot read this SMILES"
+
+
+def test_no_valid_molecule_has_no_mean_and_the_radius_that_was_used_is_said(run):
+    report, _ = run(["C1CC"] * 3, num_samples=1)
+    assert report["qed"] is None and report["similarity"] is None and report["validity"] == 0
+    assert report["scaled_radius"] == 1.0
+    assert run(["CC", "CN"], method="interpolate", num_samples=1, overwrite=True)[0]["scaled_radius"] == 0.0
+
+
+def test_ctrl_c_is_not_the_workers_affair():
+    smiles = ["OCC"] * chemistry.FEW
+    with chemistry.Judges() as judges:
+        assert list(judges.each(chemistry.canonical, smiles)) == ["CCO"] * len(smiles)
+        workers = list(judges.workers._processes)
+        for worker in workers:
+            os.kill(worker, signal.SIGINT)
+        records = [Record("a", b"OCC", "in.smi", 1)] * chemistry.FEW
+        checked = list(judges.check(iter([*records, Record("b", b"C1CC", "in.smi", 2)])))
+        assert checked == [*records, Reject("in.smi", 2, "b", "RDKit cannot read this SMILES")]
+        assert list(judges.workers._processes) == workers
 
 
 def test_a_command_that_was_stopped_goes_on(run, tmp_path, monkeypatch):
