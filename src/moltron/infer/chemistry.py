@@ -62,15 +62,13 @@ def canonical(smiles: str) -> str:
 def problem(smiles: bytes) -> str | None:
     """Why a model of molecules cannot read a SMILES, as a file has it; None: it can.
 
-    Of tokens, `moltron prepare` has the same rule.
+    `moltron prepare` has the same rules.
     """
-    if not smiles.isascii():
-        return "a SMILES is ASCII, this one is not"
-    if len(words := smiles.split()) != 1:
-        return "white space inside the SMILES"
-    if molecule(words[0].decode()) is None:
+    if found := molecules.not_smiles(smiles):
+        return found
+    if molecule(smiles.strip().decode()) is None:
         return "RDKit cannot read this SMILES"
-    codes = get_tokenizer(molecules.TOKENIZER).codes(words[0])
+    codes = get_tokenizer(molecules.TOKENIZER).codes(smiles.strip())
     return None if any(codes) else "none of its tokens is in the vocabulary"
 
 

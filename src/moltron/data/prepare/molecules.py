@@ -54,6 +54,13 @@ def rdkit() -> tuple[Any, Any, Any]:
 # ---------------------------------------------------------------------------------------------------------- in a worker
 
 
+def not_smiles(text: bytes) -> str | None:
+    """What is wrong with it; None: it may be one. RDKit reads CC from `CC O` and takes the rest for a name."""
+    if not text.isascii():
+        return "a SMILES is ASCII, this one is not"
+    return "white space inside the SMILES" if len(text.split()) > 1 else None
+
+
 class Canonical(NamedTuple):
     smiles: bytes
     length: int  # tokens
@@ -69,10 +76,10 @@ def canonicalize(molecules: list[bytes], config: PrepareConfig) -> list[Canonica
         return part.GetNumHeavyAtoms(), Descriptors.MolWt(part), Chem.MolToSmiles(part)
 
     def one(smiles: bytes) -> Canonical:
-        changes, smiles = {}, smiles.strip()
-        if not smiles.isascii() or len(smiles.split()) > 1:  # RDKit would take the rest for a name
-            return Canonical(b"", 0, "white space or other than ASCII in this SMILES", {})
-        molecule = Chem.MolFromSmiles(smiles.decode())
+        changes: dict[str, int] = {}
+        if problem := not_smiles(smiles):
+            return Canonical(b"", 0, problem, changes)
+        molecule = Chem.MolFromSmiles(smiles.strip().decode())
         if molecule is None:
             return Canonical(b"", 0, "RDKit cannot read this SMILES", {})
         if not molecule.GetNumAtoms():
