@@ -93,6 +93,8 @@ def resolve(what: str | Path) -> tuple[str, Path]:
         return "checkpoint", good
     if (path / "config.json").is_file():
         return ("moltron" if read_json(path / "config.json").get("model_type") == MODEL_TYPE else "huggingface"), path
+    if any(path.glob("*.arrow")):
+        raise ValueError(f"{path} is a data folder of `moltron prepare`, not a model: give a run folder or a model's")
     if (path / MANIFEST).is_file():
         if problem := problem_of(path):
             raise ValueError(f"Checkpoint refused: {problem}")
