@@ -300,6 +300,10 @@ def convert(config: ConvertConfig) -> Path:
     source, output = Path(config.input).expanduser(), Path(config.output).expanduser()
     if source.exists() and output.exists() and output.samefile(source):
         raise ValueError(f"output={config.output} is the input itself")
+    if output.suffix in (".pt", ".bin", ".safetensors"):
+        raise ValueError(
+            f"output={config.output}: a folder is written, not a file: give a name without {output.suffix}"
+        )
     dtype = DTYPES[config.dtype]
     it = load_pretrained(config.input)
     folder = save_pretrained(it.model, it.spec, it.config, config.output, config.format, dtype, config.overwrite)

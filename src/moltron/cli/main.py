@@ -87,7 +87,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(
         schema.ConvertConfig,
         commands.convert,
-        "weights between our format, Hugging Face's and fair-esm's",
+        "weights of ours, Hugging Face's or fair-esm's (read only) → a folder in our format or Hugging Face's",
         "moltron convert input=run output=my-esm2 format=huggingface",
     ),
     "download": Command(

@@ -545,4 +545,6 @@ def test_convert_guards_its_output(tmp_path, plain):
         convert(ConvertConfig(input=str(plain), output=str(output), dtype="int8"))
     with pytest.raises(ValueError, match="is the input itself"):
         convert(ConvertConfig(input=str(output), output=str(output), overwrite=True))
+    with pytest.raises(ValueError, match="a folder is written, not a file"):
+        convert(ConvertConfig(input=str(plain), output=str(tmp_path / "esm2.pt")))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
