@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 done, but some r
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import inspect
 import os
@@ -31,7 +32,7 @@ def _load(schema: type, arguments: argparse.Namespace) -> Any:
 @dataclass(frozen=True)
 class Command:
     """presets: whether there is --config-name. model: whether a MODEL comes first. flags: keys that may be written
-    `--key VALUE`. load: (schema, arguments) → what `run` takes."""
+    `--key VALUE`. load: (schema, arguments) → what `run` takes. resumes: run again, it goes on where it was stopped."""
 
     schema: type
     run: Callable[[Any], int]
@@ -41,6 +42,7 @@ class Command:
     model: bool = False
     flags: tuple[str, ...] = ()
     load: Callable[[type, argparse.Namespace], Any] = _load
+    resumes: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -56,6 +58,7 @@ COMMANDS: dict[str, Command] = {
         "pre-train a model; run again with the same run_dir to resume",
         "moltron train --config-name pretrain_esm2_8M data.path=store run_dir=run train.max_steps=100",
         presets=True,
+        resumes=True,
     ),
     "plan": Command(
         schema.PlanConfig,
@@ -71,6 +74,7 @@ COMMANDS: dict[str, Command] = {
         commands.embed,
         "sequences → embeddings, hidden states, logits in a file",
         "moltron embed model=run input=proteins.fasta output=embeddings.h5 outputs=[embeddings,hiddens]",
+        resumes=True,
     ),
     "evaluate": Command(
         schema.EvaluateConfig,
@@ -83,6 +87,7 @@ COMMANDS: dict[str, Command] = {
         commands.generate,
         "new molecules near given ones, or between them → a table, a picture, a report as JSON",
         "moltron generate model=run input=molecules.csv output=new.csv method=topkp-perturbate num_samples=10",
+        resumes=True,
     ),
     "convert": Command(
         schema.ConvertConfig,
@@ -116,10 +121,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # OSError: no such file, no permission, a full disk
         if os.environ.get("MOLTRON_DEBUG"):
             raise
-        print(f"moltron {arguments.command}: {error}", file=sys.stderr)
+        print(f"moltron {arguments.command}: {error}{_advice(error, command, config)}", file=sys.stderr)
         return 2 if isinstance(error, compose.ConfigError) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def _advice(error: Exception, command: Command, config: Any) -> str:
+    """On a full disk, of which the system seldom says which one it is."""
+    key = next((key for key in ("output", "run_dir") if getattr(config, key, None)), None)
+    if key is None or not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    then = ", which then goes on where it stopped" if command.resumes else ""
+    return f": make room where {key}={getattr(config, key)} is to be written, and run the same command again{then}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -68,10 +68,14 @@ def test_python_dash_m_is_the_same_program_and_help_is_light():
     assert all(name in shown for name in cli.COMMANDS)
 
 
-def test_a_full_disk_is_one_line_too(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "then"), [("embed", "again, which then goes on where it stopped"), ("prepare", "again")]
+)
+def test_a_full_disk_is_one_line_with_the_place(monkeypatch, capsys, name, then):
     def full(_):
-        raise OSError(28, "No space left on device", "out.npz")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(cli.COMMANDS, "embed", dataclasses.replace(cli.COMMANDS["embed"], run=full))
-    assert cli.main(["embed", "model=m", "input=i", "output=o.npz"]) == 1
-    assert capsys.readouterr().err.endswith("No space left on device: 'out.npz'\n")
+    monkeypatch.setitem(cli.COMMANDS, name, dataclasses.replace(cli.COMMANDS[name], run=full))
+    assert cli.main([name, *["model=m"][: name == "embed"], "input=i", "output=d/o.npz"]) == 1
+    shown = capsys.readouterr().err
+    assert "No space left on device: make room where output=d/o.npz is" in shown and shown.endswith(f"{then}\n")
