@@ -3,7 +3,7 @@
     argv ──argparse──> command, options, overrides ──compose.load_config──> dataclass ──commands.*──> exit code
 
 Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 done, but some records were rejected;
-75 training was asked to stop and has saved its state (run the same command again to go on).
+75 training was asked to stop and has saved its state (run the same command again to go on); 141 nobody read its output.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import functools
 import inspect
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,8 +106,30 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return _main(argv)
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        for number in _unread():  # Python flushes once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        return 141
+
+
+def _unread() -> list[int]:
+    """Of standard output and error, what goes to a pipe that nobody reads on, as in `moltron plan … | head`."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    return [number for number, event in poll.poll(0) if event & select.POLLERR]
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
-    arguments, others = parser.parse_known_args(argv)  # argparse stops collecting key=value at the first option
+    try:
+        arguments, others = parser.parse_known_args(argv)  # argparse stops collecting key=value at the first option
+    finally:
+        sys.stdout.flush()  # of --help
     if stray := [other for other in others if other.startswith("-") or "=" not in other]:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     arguments.overrides += others
@@ -117,9 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moltron {arguments.command}: {error}", file=sys.stderr)
         return 2
     try:
-        return command.run(config)
+        code = command.run(config)
+        sys.stdout.flush()
+        return code
     except (ValueError, OSError) as error:  # OSError: no such file, no permission, a full disk
-        if os.environ.get("MOLTRON_DEBUG"):
+        if os.environ.get("MOLTRON_DEBUG") or (isinstance(error, BrokenPipeError) and _unread()):
             raise
         print(f"moltron {arguments.command}: {error}{_advice(error, command, config)}", file=sys.stderr)
         return 2 if isinstance(error, compose.ConfigError) else 1

@@ -1,6 +1,7 @@
 """The command line: help with an example and every key, exit codes, argument order."""
 
 import dataclasses
+import os
 import shlex
 import subprocess
 import sys
@@ -79,3 +80,25 @@ def test_a_full_disk_is_one_line_with_the_place(monkeypatch, capsys, name, then)
     assert cli.main([name, *["model=m"][: name == "embed"], "input=i", "output=d/o.npz"]) == 1
     shown = capsys.readouterr().err
     assert "No space left on device: make room where output=d/o.npz is" in shown and shown.endswith(f"{then}\n")
+
+
+@pytest.mark.parametrize(("words", "unbuffered"), [("plan esm2_8M", ""), ("plan esm2_8M", "1"), ("train --help", "")])
+def test_it_ends_in_silence_where_nobody_reads(words, unbuffered):
+    program = subprocess.Popen(
+        [sys.executable, "-m", "moltron", *words.split()],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    program.stdout.close()
+    assert program.stderr.read() == "" and program.wait() == 141
+
+
+def test_a_broken_pipe_that_is_not_its_output_is_said(monkeypatch, capsys):
+    def broken(_):
+        raise BrokenPipeError(32, "Broken pipe", "a worker's")
+
+    monkeypatch.setitem(cli.COMMANDS, "embed", dataclasses.replace(cli.COMMANDS["embed"], run=broken))
+    assert cli.main(["embed", "model=m", "input=i", "output=o.npz"]) == 1
+    assert 'Broken pipe: "a worker\'s"' in capsys.readouterr().err
