@@ -18,9 +18,11 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from operator import attrgetter
 from typing import Any
 
+import moltron
 from moltron.cli import commands, plan
 from moltron.config import compose, schema
 
@@ -167,6 +169,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Train, run and convert biomolecular language models.",
         epilog="Docs: docs/README.md",
     )
+    versions = f"moltron {moltron.__version__}, torch {metadata.version('torch')}"
+    parser.add_argument("--version", action="version", version=versions)
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         one = sub.add_parser(

@@ -5,9 +5,11 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
+import moltron
 from moltron.cli import main as cli
 from moltron.config import compose
 
@@ -102,3 +104,10 @@ def test_a_broken_pipe_that_is_not_its_output_is_said(monkeypatch, capsys):
     monkeypatch.setitem(cli.COMMANDS, "embed", dataclasses.replace(cli.COMMANDS["embed"], run=broken))
     assert cli.main(["embed", "model=m", "input=i", "output=o.npz"]) == 1
     assert 'Broken pipe: "a worker\'s"' in capsys.readouterr().err
+
+
+def test_version_is_ours_and_torchs(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"moltron {moltron.__version__}, torch {metadata.version('torch')}\n"
