@@ -93,6 +93,8 @@ def resolve(what: str | Path) -> tuple[str, Path]:
         return "checkpoint", good
     if (path / "config.json").is_file():
         return ("moltron" if read_json(path / "config.json").get("model_type") == MODEL_TYPE else "huggingface"), path
+    if any(path.glob("*.arrow")):
+        raise ValueError(f"{path} is a data folder of `moltron prepare`, not a model: give a run folder or a model's")
     if (path / MANIFEST).is_file():
         if problem := problem_of(path):
             raise ValueError(f"Checkpoint refused: {problem}")
@@ -298,6 +300,10 @@ def convert(config: ConvertConfig) -> Path:
     source, output = Path(config.input).expanduser(), Path(config.output).expanduser()
     if source.exists() and output.exists() and output.samefile(source):
         raise ValueError(f"output={config.output} is the input itself")
+    if output.suffix in (".pt", ".bin", ".safetensors"):
+        raise ValueError(
+            f"output={config.output}: a folder is written, not a file: give a name without {output.suffix}"
+        )
     dtype = DTYPES[config.dtype]
     it = load_pretrained(config.input)
     folder = save_pretrained(it.model, it.spec, it.config, config.output, config.format, dtype, config.overwrite)

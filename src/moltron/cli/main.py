@@ -3,22 +3,26 @@
     argv ──argparse──> command, options, overrides ──compose.load_config──> dataclass ──commands.*──> exit code
 
 Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 done, but some records were rejected;
-75 training was asked to stop and has saved its state (run the same command again to go on).
+75 training was asked to stop and has saved its state (run the same command again to go on); 141 nobody read its output.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import inspect
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from operator import attrgetter
 from typing import Any
 
+import moltron
 from moltron.cli import commands, plan
 from moltron.config import compose, schema
 
@@ -31,7 +35,7 @@ def _load(schema: type, arguments: argparse.Namespace) -> Any:
 @dataclass(frozen=True)
 class Command:
     """presets: whether there is --config-name. model: whether a MODEL comes first. flags: keys that may be written
-    `--key VALUE`. load: (schema, arguments) → what `run` takes."""
+    `--key VALUE`. load: (schema, arguments) → what `run` takes. resumes: run again, it goes on where it was stopped."""
 
     schema: type
     run: Callable[[Any], int]
@@ -41,6 +45,7 @@ class Command:
     model: bool = False
     flags: tuple[str, ...] = ()
     load: Callable[[type, argparse.Namespace], Any] = _load
+    resumes: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -56,6 +61,7 @@ COMMANDS: dict[str, Command] = {
         "pre-train a model; run again with the same run_dir to resume",
         "moltron train --config-name pretrain_esm2_8M data.path=store run_dir=run train.max_steps=100",
         presets=True,
+        resumes=True,
     ),
     "plan": Command(
         schema.PlanConfig,
@@ -71,6 +77,7 @@ COMMANDS: dict[str, Command] = {
         commands.embed,
         "sequences → embeddings, hidden states, logits in a file",
         "moltron embed model=run input=proteins.fasta output=embeddings.h5 outputs=[embeddings,hiddens]",
+        resumes=True,
     ),
     "evaluate": Command(
         schema.EvaluateConfig,
@@ -83,11 +90,12 @@ COMMANDS: dict[str, Command] = {
         commands.generate,
         "new molecules near given ones, or between them → a table, a picture, a report as JSON",
         "moltron generate model=run input=molecules.csv output=new.csv method=topkp-perturbate num_samples=10",
+        resumes=True,
     ),
     "convert": Command(
         schema.ConvertConfig,
         commands.convert,
-        "weights between our format, Hugging Face's and fair-esm's",
+        "weights of ours, Hugging Face's or fair-esm's (read only) → a folder in our format or Hugging Face's",
         "moltron convert input=run output=my-esm2 format=huggingface",
     ),
     "download": Command(
@@ -100,10 +108,31 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        for number in _unread():  # Python flushes once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        return 141
+
+
+def _unread() -> list[int]:
+    """Of standard output and error, what goes to a pipe that nobody reads on, as in `moltron plan … | head`."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    return [number for number, event in poll.poll(0) if event & select.POLLERR]
+
+
+def _main(argv: Sequence[str]) -> int:
     try:
         parser = _parser(argv)
-        arguments, others = parser.parse_known_args(argv)  # argparse stops collecting key=value at the first option
+        try:
+            arguments, others = parser.parse_known_args(argv)  # argparse stops collecting key=value at the first option
+        finally:
+            sys.stdout.flush()  # of --help
         if stray := [other for other in others if other.startswith("-") or "=" not in other]:
             parser.error(f"unrecognized arguments: {' '.join(stray)}")
         arguments.overrides += others
@@ -113,14 +142,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moltron {argv[0]}: {error}", file=sys.stderr)
         return 2
     try:
-        return command.run(config)
+        code = command.run(config)
+        sys.stdout.flush()
+        return code
     except (ValueError, OSError) as error:  # OSError: no such file, no permission, a full disk
-        if os.environ.get("MOLTRON_DEBUG"):
+        if os.environ.get("MOLTRON_DEBUG") or (isinstance(error, BrokenPipeError) and _unread()):
             raise
-        print(f"moltron {arguments.command}: {error}", file=sys.stderr)
+        print(f"moltron {arguments.command}: {error}{_advice(error, command, config)}", file=sys.stderr)
         return 2 if isinstance(error, compose.ConfigError) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def _advice(error: Exception, command: Command, config: Any) -> str:
+    """On a full disk, of which the system seldom says which one it is."""
+    key = next((key for key in ("output", "run_dir") if getattr(config, key, None)), None)
+    if key is None or not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    then = ", which then goes on where it stopped" if command.resumes else ""
+    return f": make room where {key}={getattr(config, key)} is to be written, and run the same command again{then}"
 
 
 def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -129,6 +169,8 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         description="Train, run and convert biomolecular language models.",
         epilog="Docs: docs/README.md",
     )
+    versions = f"moltron {moltron.__version__}, torch {metadata.version('torch')}"
+    parser.add_argument("--version", action="version", version=versions)
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         one = sub.add_parser(

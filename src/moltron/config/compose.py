@@ -46,6 +46,9 @@ def load_config(
     """Compose and check a configuration of dataclass `schema`. Raises ConfigError with every problem found."""
     problems: list[str] = []
     folders = search_path(config_dirs)
+    missing = [folder for folder in folders if not folder.is_dir()]
+    problems += [f"--config-dir or $MOLTRON_CONFIG_PATH: {folder} is no folder" for folder in missing]
+    folders = [folder for folder in folders if folder not in missing]
     literals, choices, values = _split(schema, overrides, folders, problems)
     preset = _compose(config_name, choices, folders, problems) if config_name or choices else OmegaConf.create({})
     plain = OmegaConf.to_container(preset, resolve=True)

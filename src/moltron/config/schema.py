@@ -226,6 +226,7 @@ class EvaluateConfig:
     molecules: int = 1000  # that are decoded and compared, of those in the file; 0: none
     tokens: int | None = None  # tokens a pack; None: by device
     max_length: int | None = None  # tokens a sequence; longer ones are cropped (molecules: an error); None: the model's
+    cache_dir: str | None = literal(None)  # where index files go if a prepared folder is read-only
     id_column: str | None = None
     sequence_column: str | None = None
     precision: str = "auto"  # auto (bf16 on CUDA, fp32 on a CPU) | fp32 | bf16 | fp16

@@ -203,7 +203,8 @@ class Store:
             except OSError as error:
                 problem = f"it cannot be written ({home}: {error.strerror})"
                 raise ValueError(
-                    f"{self.path} needs an index and {problem}: set data.cache_dir to train, or copy it"
+                    f"{self.path} needs an index and {problem}: set data.cache_dir in training, cache_dir of "
+                    "`moltron evaluate`, or copy the data"
                 ) from error
             index = self._load_index(files)
             assert index is not None

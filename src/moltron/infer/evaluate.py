@@ -114,7 +114,7 @@ def evaluate_file(config: EvaluateConfig) -> dict[str, float | int]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "records.arrow")
         path = config.input if config.input.endswith(".arrow") else _write_store(config, model.tokenizer, file)
-        store = Store.open(path)
+        store = Store.open(path, config.cache_dir)
         if store.alphabet != model.tokenizer.alphabet:
             raise ValueError(f"{path} holds {store.alphabet}s, the model reads {model.tokenizer.alphabet}s")
         objective = get_objective(settings, model.tokenizer, EVALUATION_SEED)

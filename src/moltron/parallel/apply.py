@@ -10,6 +10,7 @@ hooks that gather weights stay outside of the compiled graphs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,6 +82,8 @@ def parallelize(
     if config.pp > 1:
         pipeline = Pipeline(model, plan, config, mesh["pp"], dtype)
         parts = [(stage, stage.model) for stage in pipeline.stages.values()]
+    # logits are a view, rows that pad the vocabulary are cut off; nothing changes them in place, losses copy them
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     sharded = data_mesh(mesh)
     settings: Any = dict(
         mesh=sharded,

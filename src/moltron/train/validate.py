@@ -131,6 +131,9 @@ def _pack_problems(config: TrainConfig, world: int) -> list[str]:
 
 def _model_problems(config: TrainConfig) -> list[str]:
     family, architecture = model_section(config)
+    if family is None and architecture and config.init is not None:
+        given = ", ".join(f"model.{key}" for key in architecture)
+        return [f"init={config.init} brings its model, which cannot be changed: leave out {given}"]
     if family is None:
         return ["model is missing: choose a preset with --config-name, or model=esm2_8M, or init=WHAT"]
     problems = architecture_problems(family, architecture)

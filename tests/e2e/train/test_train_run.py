@@ -137,6 +137,12 @@ def test_fp16_finds_its_loss_scale(tmp_path, tiny_config, read_lines, read_state
     assert line["train_loss"] < 3.4
 
 
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_fp8_on_a_cpu_says_what_it_is_for(tmp_path, tiny_config, capsys, precision):
+    train(tiny_config(tmp_path / "run", f"train.precision={precision}", "train.max_steps=1", "model.num_layers=3"))
+    assert capsys.readouterr().err.count("fp8 on a CPU is for testing") == (precision == "fp8")
+
+
 def test_all_problems_at_once(tmp_path, tiny_config):
     overrides = ("batch.tokens=32", "optim.schedule.name=cosinus", "train.nonfinite=ignore", "checkpoint.every=0")
     with pytest.raises(ConfigError) as error:

@@ -352,6 +352,9 @@ def test_keys_dropped_on_purpose_and_a_tied_decoder(tmp_path, plain):
 
 
 def test_broken_and_absent_files(tmp_path, plain):
+    (tmp_path / "store").mkdir()
+    for name in ("train.arrow", "manifest.json"):
+        (tmp_path / "store" / name).write_text("{}")
     folder = copy_of(plain, tmp_path / "m")
     (folder / "model.safetensors").write_bytes((plain / "model.safetensors").read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"model\.safetensors: not readable"):
@@ -367,6 +370,7 @@ def test_broken_and_absent_files(tmp_path, plain):
         ("esm2_8m", r"no such file or folder; did you mean esm2_8M or"),
         (plain / "config.json", "a folder or a fair-esm .pt"),
         (tmp_path, "neither a run folder"),
+        (tmp_path / "store", "store is a data folder of `moltron prepare`, not a model"),
     ]:
         with pytest.raises(ValueError, match=message):
             resolve(what)
@@ -541,4 +545,6 @@ def test_convert_guards_its_output(tmp_path, plain):
         convert(ConvertConfig(input=str(plain), output=str(output), dtype="int8"))
     with pytest.raises(ValueError, match="is the input itself"):
         convert(ConvertConfig(input=str(output), output=str(output), overwrite=True))
+    with pytest.raises(ValueError, match="a folder is written, not a file"):
+        convert(ConvertConfig(input=str(plain), output=str(tmp_path / "esm2.pt")))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -1,12 +1,15 @@
 """The command line: help with an example and every key, exit codes, argument order."""
 
 import dataclasses
+import os
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
+import moltron
 from moltron.cli import main as cli
 from moltron.config import compose
 from moltron.config.schema import TrainConfig
@@ -80,10 +83,43 @@ def test_python_dash_m_is_the_same_program_and_help_is_light():
     assert all(name in shown for name in cli.COMMANDS)
 
 
-def test_a_full_disk_is_one_line_too(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "then"), [("embed", "again, which then goes on where it stopped"), ("prepare", "again")]
+)
+def test_a_full_disk_is_one_line_with_the_place(monkeypatch, capsys, name, then):
     def full(_):
-        raise OSError(28, "No space left on device", "out.npz")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(cli.COMMANDS, "embed", dataclasses.replace(cli.COMMANDS["embed"], run=full))
+    monkeypatch.setitem(cli.COMMANDS, name, dataclasses.replace(cli.COMMANDS[name], run=full))
+    assert cli.main([name, *["model=m"][: name == "embed"], "input=i", "output=d/o.npz"]) == 1
+    shown = capsys.readouterr().err
+    assert "No space left on device: make room where output=d/o.npz is" in shown and shown.endswith(f"{then}\n")
+
+
+@pytest.mark.parametrize(("words", "unbuffered"), [("plan esm2_8M", ""), ("plan esm2_8M", "1"), ("train --help", "")])
+def test_it_ends_in_silence_where_nobody_reads(words, unbuffered):
+    program = subprocess.Popen(
+        [sys.executable, "-m", "moltron", *words.split()],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    program.stdout.close()
+    assert program.stderr.read() == "" and program.wait() == 141
+
+
+def test_a_broken_pipe_that_is_not_its_output_is_said(monkeypatch, capsys):
+    def broken(_):
+        raise BrokenPipeError(32, "Broken pipe", "a worker's")
+
+    monkeypatch.setitem(cli.COMMANDS, "embed", dataclasses.replace(cli.COMMANDS["embed"], run=broken))
     assert cli.main(["embed", "model=m", "input=i", "output=o.npz"]) == 1
-    assert capsys.readouterr().err.endswith("No space left on device: 'out.npz'\n")
+    assert 'Broken pipe: "a worker\'s"' in capsys.readouterr().err
+
+
+def test_version_is_ours_and_torchs(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"moltron {moltron.__version__}, torch {metadata.version('torch')}\n"

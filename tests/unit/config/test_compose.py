@@ -188,6 +188,14 @@ def test_own_presets_by_option_and_environment(tmp_path, monkeypatch):
     assert load_config(TrainConfig, REQUIRED, "mine") == config
 
 
+def test_a_folder_of_presets_that_is_not_there_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=rf"1 problem.*\n  - --config-dir .*: {tmp_path}/nodir is no folder"):
+        load_config(TrainConfig, REQUIRED, "pretrain_esm2_8M", [f"{tmp_path}/nodir"])
+    monkeypatch.setenv("MOLTRON_CONFIG_PATH", f"{tmp_path}:{tmp_path}/gone")
+    with pytest.raises(ConfigError, match=rf"\$MOLTRON_CONFIG_PATH: {tmp_path}/gone is no folder"):
+        load_config(TrainConfig, REQUIRED, "pretrain_esm2_8M")
+
+
 def test_architecture_problems_are_sentences():
     problems = architecture_problems("esm2", {"hidden_size": 30, "num_heads": 4, "num_layers": 0, "width": 3})
     text = "\n".join(problems)

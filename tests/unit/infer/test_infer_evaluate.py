@@ -69,6 +69,25 @@ def test_a_prepared_split_and_its_fasta_agree(model_folder, fasta, records, tmp_
     assert json.loads(capsys.readouterr().out) == pytest.approx(prepared, rel=1e-6)
 
 
+def test_the_index_of_a_read_only_folder_goes_where_one_says(model_folder, tmp_path, records, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    with StoreWriter(tmp_path / "data" / "val.arrow") as writer:
+        writer.add(*zip(*records, strict=True))
+    build = Store._build_index
+
+    def refuse(self, files, base):
+        if files[0].parent == tmp_path / "data":
+            raise PermissionError(13, "Permission denied")
+        build(self, files, base)
+
+    monkeypatch.setattr(Store, "_build_index", refuse)
+    arguments = ["evaluate", f"model={model_folder}", "device=cpu", f"input={tmp_path / 'data' / 'val.arrow'}"]
+    assert main(arguments) == 1
+    assert "cache_dir of `moltron evaluate`" in capsys.readouterr().err
+    assert main([*arguments, f"cache_dir={tmp_path / 'cache'}"]) == 0
+    assert json.loads(capsys.readouterr().out)["sequences"] == 40 and list((tmp_path / "cache").glob("val.*.npy"))
+
+
 def test_a_broken_record_is_an_error_with_its_line(model_folder, fasta):
     with pytest.raises(ValueError, match=r"line 3, record 'b'"):
         evaluate_file(EvaluateConfig(model=model_folder, input=fasta([("a", "MKT"), ("b", "---")]), device="cpu"))

@@ -96,9 +96,14 @@ def one_rank():
 
 
 @pytest.fixture(scope="module")
-def differences(ranks_of):
+def outputs(ranks_of):
     with ranks_of(__file__) as outputs:
         pass
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def differences(outputs):
     return json.loads(next(line for line in outputs[0].splitlines() if line.startswith("{")))
 
 
@@ -107,6 +112,10 @@ def test_two_ranks_are_one_process(differences, name):
     worst = differences[name]
     assert len(worst) > 30 and worst.pop("gathers too many") == 0
     assert {what: value for what, value in worst.items() if not value < 1e-5} == {}
+
+
+def test_torch_does_not_warn_of_logits_that_are_views(outputs):
+    assert "view tensor" not in "".join(outputs)
 
 
 @pytest.mark.parametrize("name", MODELS)

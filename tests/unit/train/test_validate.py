@@ -55,8 +55,13 @@ def test_one_problem(config, section, key, value, words):
 
 def test_model_problems(config):
     config.model = {}
+    missing = ["model is missing: choose a preset with --config-name, or model=esm2_8M, or init=WHAT"]
+    assert validate(config, 1) == missing
+    config.model = {"num_layers": 3, "num_heads": 2}
+    assert validate(config, 1) == missing
+    config.init = "hf"
     assert validate(config, 1) == [
-        "model is missing: choose a preset with --config-name, or model=esm2_8M, or init=WHAT"
+        "init=hf brings its model, which cannot be changed: leave out model.num_layers, model.num_heads"
     ]
     config.model = {**MODEL, "num_heads": 3, "depth": 4}
     assert len(validate(config, 1)) == 2
