@@ -179,8 +179,8 @@ def _batches(
     least = max(config.data.max_length, (config.data.decoder_max_length or config.data.max_length) / share)
     goal = max(LEAST_GOAL, 2 ** int(GOAL / config.model["hidden_size"]).bit_length() // 2)
     each = ranks * (1 if parallel.pp == 1 else 4 * parallel.pp)  # packs: with fewer a pipeline waits
-    largest = max(min(goal, a_step / each), least * 1.49)
-    sizes = [size for i in range(3, 25) for size in (2**i, 3 * 2 ** (i - 1)) if least <= size <= largest]
+    sizes = [size for i in range(3, 25) for size in (2**i, 3 * 2 ** (i - 1)) if size >= least]
+    sizes = [size for size in sizes if size <= min(goal, a_step / each) or size == sizes[0]]  # one sequence has to fit
     sizes = [size for size in sizes if (size >= goal / 4) == is_large]
     for tokens in [b.tokens] * is_large if request.gives("batch.tokens") else sizes:
         packs = max(each, round(a_step / tokens / each) * each)

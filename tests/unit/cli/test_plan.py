@@ -69,6 +69,11 @@ def test_what_shards_cannot_do_is_cut_inside_of_a_node(capsys):
     assert any(pipelines) and pipelines == sorted(pipelines)
 
 
+def test_a_pack_holds_the_longest_sequence_whatever_its_length(capsys):
+    config = chosen(capsys, "esm2_8M", "--gpus", "128", "data.max_length=32769")  # 16,384 would make the step
+    assert (config.batch.tokens, config.batch.packs, config.parallel.tp) == (49152, 128, 1)
+
+
 def test_a_larger_step_is_told(capsys):
     assert "3,072 a step, 3.0 × the preset's" in run(capsys, "pretrain_prott5_small", "--gpus", "3")[1]
     assert "× the preset's" not in run(capsys, "pretrain_prott5_small", "--gpus", "1")[1]
