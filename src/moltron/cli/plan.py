@@ -142,7 +142,7 @@ def _time(config: schema.PlanConfig, parallel: schema.ParallelConfig, batch: sch
     packs = batch.packs / ranks
     gathers = 0 if ranks * parallel.cp == 1 else packs if parallel.reshard_after_forward else 1
     more = (PACK * packs + GATHER * gathers) * parallel.cp / (packs * batch.tokens)
-    again = {"none": 0, "selective": CHEAP / config.model["hidden_size"], "full": 1 / 3}
+    again = {"none": 0, "selective": CHEAP / config.model["hidden_size"], "full": 1 / 4}
     return (1 + again[parallel.recompute]) * (1 + more)
 
 
