@@ -10,9 +10,9 @@ are short (median 270), so the work is a list of tiles of whole sequences, the l
 once a batch for all layers and kernels; only the last block of a sequence, or the one on the diagonal, is masked. dq,
 dk and dv are written once, in the layout of the projections that q, k and v are parts of, the rotation undone on the
 way. A kernel for dq alone computes the scores once more, and still was faster on an H100 than to add dq up with atomics
-or in one program a sequence. So results are bitwise reproducible, and those of a sequence depend neither on its batch
-mates nor on where in the pack it lies. Any length works, any number of sequences, empty ones too: without keys the
-output is 0.
+or in one program a sequence. But where a sequence is one tile in both streams, as most molecules are, dk and dv come
+with dq. So results are bitwise reproducible, and those of a sequence depend neither on its batch mates nor on where in
+the pack it lies. Any length works, any number of sequences, empty ones too: without keys the output is 0.
 Knows nothing of models or batches.
 
 Flash attention: Dao 2023, arXiv:2307.08691; rotary positions: Su et al. 2021, arXiv:2104.09864.
@@ -39,7 +39,7 @@ _TUNING = {
     16: ((3, None), (3, None), (2, 128)),
     24: ((3, None), (3, None), (3, 168)),
     32: ((3, None), (3, None), (2, 128)),
-    64: ((3, None), (3, None), (2, 168)),
+    64: ((3, None), (2, 128), (2, 168)),
     128: ((2, None), (2, None), (2, None)),
 }
 
@@ -136,11 +136,12 @@ def _attention_backward(
     views, dq, dk, dv = dict(zip("QKV", _parts(projections, qk))), *_parts(gradients)
     with torch.cuda.device_of(dout):
         kind = {"CAUSAL": causal, "ROTATED": cos is not None}
-        arguments = (scale, cos, sin, dout, stats, dq, out, lse)
+        views |= {"DK": dk, "DV": dv}
+        arguments = (scale, cos, sin, dout, stats, dq, dk, dv, out, lse)
         _launch(dq_kernel, _DQ, q_tiles, k_starts, arguments, views | {"DQ": dq}, **kind)
         tiles = q_tiles if k_tiles is None else k_tiles
         arguments = (scale, cos, sin, dout, stats, dk, dv)
-        _launch(dkdv_kernel, _DKDV, tiles, q_starts, arguments, views | {"DK": dk, "DV": dv}, **kind)
+        _launch(dkdv_kernel, _DKDV, tiles, q_starts, arguments, views, **kind)
     return gradients
 
 

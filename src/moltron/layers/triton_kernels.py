@@ -44,6 +44,15 @@ def _find_tile(TILES, OTHER, N: tl.constexpr, CROSS: tl.constexpr):
 
 
 @triton.jit
+def _is_short(num_queries, num_keys, ROTATED: tl.constexpr):
+    """Of a molecule that is one tile in both streams: `dq_kernel` has all of its gradients. Models with rotations are
+    of proteins, few of which are that short: what turns dk back would take registers of all."""
+    if ROTATED:
+        return False
+    return (num_queries > 0) & (num_queries <= _BLOCK) & (num_keys <= _BLOCK)
+
+
+@triton.jit
 def _load(base, rows, length, STRIDE: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, CHECK: tl.constexpr):
     """(rows, HP) of a (tokens, H) matrix; columns from H on, and with CHECK rows from `length` on, read as 0."""
     cols = tl.arange(0, HP)
@@ -136,6 +145,7 @@ def _forward_step(
     """One block of keys. top: running maximum of the scores in log2 units; total: running sum of the weights."""
     keys = first + tl.arange(0, _BLOCK)
     k = _load(K, keys, num_keys, KT, H, HP, LAST)
+    v = _load(V, keys, num_keys, VT, H, HP, LAST)  # outside of the pipeline it is long on its way
     scores = tl.dot(q, tl.trans(k))
     if LAST:
         queries = first_query + tl.arange(0, _BLOCK)
@@ -149,7 +159,6 @@ def _forward_step(
         weights = tl.exp2(scores * scale_log2 - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(weights, 1)
-    v = _load(V, keys, num_keys, VT, H, HP, LAST)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
     return acc, new_top, total
 
@@ -208,14 +217,33 @@ def _dq_step(
     return tl.dot(dscores.to(k.dtype), k, dq)
 
 
+@triton.jit
+def _short_backward(
+    q, dout, lse, delta, K, V, DK, DV, num_keys, scale, KT: tl.constexpr, VT: tl.constexpr, H: tl.constexpr,
+    HP: tl.constexpr, CAUSAL: tl.constexpr, DKT: tl.constexpr, DVT: tl.constexpr,
+):
+    """dq, not scaled yet; dk and dv are written. Scores are computed once for all three."""
+    rows = tl.arange(0, _BLOCK)
+    k = _load(K, rows, num_keys, KT, H, HP, True)
+    v = _load(V, rows, num_keys, VT, H, HP, True)
+    weights = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * _LOG2E) - lse[:, None])
+    weights = tl.where(_visible(rows[None, :], rows[:, None], num_keys, CAUSAL), weights, 0.0)
+    _store(DV, rows, num_keys, tl.dot(tl.trans(weights.to(dout.dtype)), dout), DVT, H, HP)
+    dscores = (weights * (tl.dot(dout, tl.trans(v)) - delta[:, None])).to(q.dtype)
+    _store(DK, rows, num_keys, tl.dot(tl.trans(dscores), q) * scale, DKT, H, HP)
+    return tl.dot(dscores, k)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def dq_kernel(
-    Q, K, V, TILES, OTHER, num_tokens, scale, COS, SIN, DOUT, STATS, DQ, OUT, LSE,
+    Q, K, V, TILES, OTHER, num_tokens, scale, COS, SIN, DOUT, STATS, DQ, DK, DV, OUT, LSE,
     N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, QT: tl.constexpr, QN: tl.constexpr, KT: tl.constexpr,
     KN: tl.constexpr, VT: tl.constexpr, VN: tl.constexpr, CAUSAL: tl.constexpr, CROSS: tl.constexpr,
-    ROTATED: tl.constexpr, DQT: tl.constexpr, DQN: tl.constexpr,
+    ROTATED: tl.constexpr, DQT: tl.constexpr, DQN: tl.constexpr, DKT: tl.constexpr, DKN: tl.constexpr,
+    DVT: tl.constexpr, DVN: tl.constexpr,
 ):
-    """dq of one tile of queries; and STATS (N, num_tokens, 2), lse and rowsum(dout · out), for `dkdv_kernel`."""
+    """dq of one tile of queries; and STATS (N, num_tokens, 2), lse and rowsum(dout · out), for `dkdv_kernel`; of a
+    short sequence dk and dv instead."""
     head, start, num_queries, first, key_start, num_keys = _find_tile(TILES, OTHER, N, CROSS)
     if first >= num_queries:
         return
@@ -230,15 +258,20 @@ def dq_kernel(
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     row = head * num_tokens + start + queries
     lse = tl.load(LSE + row, mask=real, other=0.0)
-    tl.store(STATS + row * 2, lse, mask=real)
-    tl.store(STATS + row * 2 + 1, delta, mask=real)
-    dq = tl.zeros([_BLOCK, HP], tl.float32)
-    scale_log2 = scale * _LOG2E
-    full = first if CAUSAL else num_keys // _BLOCK * _BLOCK
-    for n in range(0, full, _BLOCK):
-        dq = _dq_step(dq, q, first, dout, lse, delta, K, V, n, num_keys, scale_log2, KT, VT, H, HP, CAUSAL, False)
-    if full < num_keys:
-        dq = _dq_step(dq, q, first, dout, lse, delta, K, V, full, num_keys, scale_log2, KT, VT, H, HP, CAUSAL, True)
+    if _is_short(num_queries, num_keys, ROTATED):
+        DK += key_start * DKT + head * DKN
+        DV += key_start * DVT + head * DVN
+        dq = _short_backward(q, dout, lse, delta, K, V, DK, DV, num_keys, scale, KT, VT, H, HP, CAUSAL, DKT, DVT)
+    else:
+        tl.store(STATS + row * 2, lse, mask=real)
+        tl.store(STATS + row * 2 + 1, delta, mask=real)
+        dq = tl.zeros([_BLOCK, HP], tl.float32)
+        scale_log2 = scale * _LOG2E
+        full = first if CAUSAL else num_keys // _BLOCK * _BLOCK
+        for n in range(0, full, _BLOCK):
+            dq = _dq_step(dq, q, first, dout, lse, delta, K, V, n, num_keys, scale_log2, KT, VT, H, HP, CAUSAL, False)
+        if full < num_keys:
+            dq = _dq_step(dq, q, first, dout, lse, delta, K, V, full, num_keys, scale_log2, KT, VT, H, HP, CAUSAL, True)
     dq *= scale
     if ROTATED:
         dq = _unrotate(dq, COS + start * (H // 2), SIN + start * (H // 2), queries, num_queries, H, HP)
@@ -301,7 +334,7 @@ def dkdv_kernel(
 ):
     """dk and dv of one tile of keys: TILES are those of the keys, OTHER and num_tokens the queries'."""
     head, start, num_keys, first, query_start, num_queries = _find_tile(TILES, OTHER, N, CROSS)
-    if first >= num_keys:
+    if (first >= num_keys) | _is_short(num_queries, num_keys, ROTATED):
         return
     Q += query_start * QT + head * QN
     K += start * KT + head * KN
@@ -313,18 +346,14 @@ def dkdv_kernel(
     if ROTATED:
         COS += start * (H // 2)
         SIN += start * (H // 2)
-    if CAUSAL:  # the diagonal's mask hides what lies beyond the last key
-        _dkdv_tile(
-            Q, K, V, DOUT, STATS, DK, DV, COS, SIN, first, num_keys, num_queries, scale, N, H, HP, QT, KT, VT, CAUSAL,
-            ROTATED, DKT, DVT, True,
-        )
-    elif first + _BLOCK <= num_keys:
-        _dkdv_tile(
-            Q, K, V, DOUT, STATS, DK, DV, COS, SIN, first, num_keys, num_queries, scale, N, H, HP, QT, KT, VT, CAUSAL,
-            ROTATED, DKT, DVT, False,
-        )
-    else:
-        _dkdv_tile(
-            Q, K, V, DOUT, STATS, DK, DV, COS, SIN, first, num_keys, num_queries, scale, N, H, HP, QT, KT, VT, CAUSAL,
-            ROTATED, DKT, DVT, True,
-        )
+    if not CAUSAL:  # there the diagonal's mask hides what lies beyond the last key  # noqa: SIM102 (known early)
+        if first + _BLOCK <= num_keys:
+            _dkdv_tile(
+                Q, K, V, DOUT, STATS, DK, DV, COS, SIN, first, num_keys, num_queries, scale, N, H, HP, QT, KT, VT,
+                CAUSAL, ROTATED, DKT, DVT, False,
+            )
+            return
+    _dkdv_tile(
+        Q, K, V, DOUT, STATS, DK, DV, COS, SIN, first, num_keys, num_queries, scale, N, H, HP, QT, KT, VT, CAUSAL,
+        ROTATED, DKT, DVT, True,
+    )
