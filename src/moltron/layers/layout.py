@@ -10,7 +10,9 @@ T tokens (packed), B sequences
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +35,6 @@ class Share:
     gather: Callable[[Tensor], Tensor]
 
 
-@dataclass(eq=False)
 class Layout:
     """Where the sequences of one packed token axis begin and end.
 
@@ -43,14 +44,14 @@ class Layout:
     tiles: (T // TILE + B, 4) int32, `tile_table`.
     share: where a rank holds only some of the tokens; None: it holds all.
     offsets: of a share's sequences, how many of their tokens other ranks hold that come before; None: none.
+
+    No dataclass: at every block FSDP2 looks for tensors in all fields of those, and in all numbers of a tuple.
     """
 
-    cu_seqlens: Tensor
-    positions: Tensor
-    lengths: tuple[int, ...]
-    tiles: Tensor
-    share: Share | None = None
-    offsets: tuple[int, ...] | None = None
+    def __init__(self, cu_seqlens: Tensor, positions: Tensor, lengths: tuple[int, ...], tiles: Tensor):
+        self.cu_seqlens, self.positions, self.lengths, self.tiles = cu_seqlens, positions, lengths, tiles
+        self.share: Share | None = None
+        self.offsets: tuple[int, ...] | None = None
 
     @staticmethod
     def of(lengths: np.ndarray, pin: bool = False) -> Layout:
@@ -58,18 +59,19 @@ class Layout:
         cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
         np.cumsum(lengths, out=cu_seqlens[1:])
         positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
-        layout = Layout(
-            cu_seqlens=torch.from_numpy(cu_seqlens),
-            positions=torch.from_numpy(positions),
-            lengths=tuple(lengths.tolist()),
-            tiles=torch.from_numpy(tile_table(cu_seqlens)),
-        )
+        starts, tokens, tiles = map(torch.from_numpy, (cu_seqlens, positions, tile_table(cu_seqlens)))
+        layout = Layout(starts, tokens, tuple(lengths.tolist()), tiles)
         return layout.each(lambda x: x.pin_memory()) if pin else layout
+
+    def but(self, **changes: Any) -> Layout:
+        """A copy with these attributes."""
+        other = copy(self)
+        vars(other).update(changes)
+        return other
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Layout:
         """All tensors changed alike: moved, pinned."""
-        changed = {name: change(getattr(self, name)) for name in ("cu_seqlens", "positions", "tiles")}
-        return replace(self, **changed)
+        return self.but(**{name: change(getattr(self, name)) for name in ("cu_seqlens", "positions", "tiles")})
 
     def sequence_index(self) -> Tensor:
         """(T,) int64: which sequence each token belongs to."""

@@ -28,7 +28,7 @@ def share_of(layout: Layout, index: int, ranks: int, gather: Any) -> Share:
     starts = ends - np.array(layout.lengths, dtype=np.int64)
     here = np.clip(np.minimum(ends, stop) - np.maximum(starts, start), 0, None)
     before = np.where(here > 0, np.clip(start - starts, 0, None), 0)
-    queries = replace(Layout.of(here), offsets=tuple(before.tolist()) if before.any() else None)
+    queries = Layout.of(here).but(offsets=tuple(before.tolist()) if before.any() else None)
     return Share(start, stop, queries.each(lambda x: x.to(layout.positions.device)), gather)
 
 
@@ -39,7 +39,7 @@ def enter_context(model: nn.Module, first: str, mesh: DeviceMesh) -> None:
 
     def share(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         batch, *more = inputs
-        return replace(batch, layout=replace(batch.layout, share=share_of(batch.layout, index, ranks, gather))), *more
+        return replace(batch, layout=batch.layout.but(share=share_of(batch.layout, index, ranks, gather))), *more
 
     def own(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x_TD, layout, *more = inputs
