@@ -55,6 +55,10 @@ def test_a_task_of_the_array_embeds_its_own_file(tmp_path):
     assert done.returncode == 0, done.stderr
     import h5py
 
-    with h5py.File(tmp_path / "out" / "b.fasta.h5") as file:
+    with h5py.File(tmp_path / "out" / "2-b.fasta.h5") as file:
         assert len(file["ids"]) == 3
-    assert not (tmp_path / "out" / "a.fasta.h5").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["2-b.fasta.h5"]
+    for task, code, said in (("2", 0, "is there already"), ("3", 2, "files.txt has no such line")):
+        environment["SLURM_ARRAY_TASK_ID"] = task
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == code and said in done.stdout + done.stderr

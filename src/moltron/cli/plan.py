@@ -100,7 +100,7 @@ def answer(request: Request) -> tuple[str, bool]:
     model, config = _model(request.config), request.config
     found = propose(request, config, model)
     if not found.fits and not request.gives("parallel."):
-        sizes = [config.gpus * 2**i for i in range(1, 11)]
+        sizes = [n for i in range(1, 11) if (n := config.gpus * 2**i) <= config.node or n % config.node == 0]
         gpus = next((n for n in sizes if propose(request, replace(config, gpus=n), model).fits), None)
         raise ValueError(
             f"{request.model} does not fit on {_gpus(config)}: the smallest peak found is "

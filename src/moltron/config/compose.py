@@ -138,11 +138,16 @@ def _split(schema: type, overrides: Sequence[str], folders: list[Path], problems
                 choices.append(f"{key}={text}")
             else:
                 near = difflib.get_close_matches(text, known, n=3, cutoff=0.4)
-                problems.append(f"{key}={text}: no such preset; there are: {', '.join(near or known)}")
+                problems.append(
+                    f"{key}={text}: no such preset; {'near it' if near else 'there'} are: {', '.join(near or known)}"
+                )
         else:
             try:
                 parsed = OverridesParser.create().parse_override(f"{key}={text}")
                 values.append((key, parsed.value()))
+                if parsed.is_sweep_override():
+                    values.pop()
+                    problems.append(f"{override}: one value, not several; there are no sweeps: start a run for each")
             except HydraException as error:
                 problems.append(f"{override}: {str(error).splitlines()[0]}")
     return literals, choices, values
@@ -157,7 +162,9 @@ def _compose(config_name: str | None, choices: list[str], folders: list[Path], p
             near = difflib.get_close_matches(config_name, preset_names([str(f) for f in folders]), n=3, cutoff=0.4)
             names = ", ".join(near or preset_names([str(f) for f in folders]))
             where = ", ".join(str(folder) for folder in folders)
-            problems.append(f"--config-name {config_name}: no such preset in {where}; there are: {names}")
+            problems.append(
+                f"--config-name {config_name}: no such preset in {where}; {'near it' if near else 'there'} are: {names}"
+            )
             return empty
     else:
         home = CONFIGS

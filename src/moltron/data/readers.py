@@ -43,10 +43,11 @@ _FRAMES: dict[bytes, Callable[[], Any]] = {  # by the first bytes of a file
     b"\x28\xb5\x2f\xfd": lambda: zstandard.ZstdDecompressor().decompressobj(),
 }
 _RANGE = re.compile(r"(?:[\[(<]|_OP_)(\d+)\.\.(\d+)(?:[\])>]|_CL_)")
-_ID = re.compile(r"(.*[ _])?(id|name|accession|entry|label|key)", re.IGNORECASE)  # names of columns: of ids,
+_ID = re.compile(r"(.*[ _])?(id|name|accession|entry|key)", re.IGNORECASE)  # names of columns: of ids,
+_IDS = ("id", ".*[ _]id", "(.*[ _])?(name|accession|entry)")  # the first of these counts that any column has
 _SEQUENCE = re.compile(r".*smiles(?!_?id).*|.*sequence", re.IGNORECASE)  # of sequences;
 _DATA = re.compile(  # what is none, but a sequence or a SMILES
-    r"[A-Z*-]+|[A-Za-z*-]{12,}|(Cl|Br|[BCNOPSFIHbcnops0-9=#()\[\]@+/\\%.-])+"
+    r"[A-Z*-]+|[A-Za-z*-]{12,}|(Cl|Br|Si|Se|As|Te|Sn|Na|Li|Mg|Al|Ca|Zn|[KBCNOPSFIHbcnops0-9=#()\[\]@+/\\%.-])+"
 )
 _FIRST = 100  # records of a file by which its alphabet is judged
 
@@ -182,7 +183,7 @@ class Source:
         self, path: str, id_column: str | None = None, sequence_column: str | None = None, plain: bool = False
     ) -> None:
         self.path = path
-        self.line = self.num_records = 0
+        self.line = self.num_records = self.joined = 0  # joined: the line where quotes first held several together
         self._file = _File(path)
         try:
             binary = io.BufferedReader(self._file, 1 << 20)
@@ -257,7 +258,10 @@ class Source:
             for row in reader:
                 if row:
                     yield before + 1, row
-                before = offset + reader.line_num
+                before, begin = offset + reader.line_num, before
+                if before > begin + 1 and not self.joined:
+                    self.joined = begin + 1
+                    log.warning("%s: quotes join lines %d to %d: is a mark missing?", self.path, self.joined, before)
         except csv.Error as error:
             raise ValueError(f"{self.path}, line {before + 1}: not a table row ({error}): mend its quotes") from error
 
@@ -322,11 +326,17 @@ class Source:
                 raise ValueError(f"{self.path} has no column {wanted!r}; it has {', '.join(names)}")
         self._width = len(names)
         self._sequence = names.index(sequence_column) if sequence_column else self._find_sequence(names, id_column)
-        ids = [i for i, name in enumerate(names) if re.fullmatch("id|.*_id", name, re.IGNORECASE)]
-        chosen = [names.index(id_column)] if id_column else [i for i in (*ids, 0) if i != self._sequence]
-        self._id = chosen[0] if chosen else None
         if "smiles" in names[self._sequence].lower():
             self.kind = "molecule"
+        first = [0] if len(names) == 2 and self._sequence and self.kind is None else []  # v1's, whatever their names
+        ranks = (
+            [i for i, name in enumerate(names) if re.fullmatch(p, name, re.I) and i != self._sequence] for p in _IDS
+        )
+        found = next((ids for ids in ranks if ids), first)
+        self._id = names.index(id_column) if id_column else found[0] if len(found) == 1 else None
+        if not id_column and (self._id is None or [names[self._id], names[self._sequence]] != ["id", "sequence"]):
+            which = "file and line" if self._id is None else f"column {names[self._id]}"
+            log.info("%s: ids are read from %s, sequences from %s", self.path, which, names[self._sequence])
 
     def _find_sequence(self, names: list[str], id_column: str | None) -> int:
         """The column called sequence or smiles, else the only one whose name says as much, else v1's second of two."""
@@ -341,15 +351,14 @@ class Source:
             what = "more than one" if named else "none"
             raise ValueError(
                 f"{self.path}: {what} of its columns ({', '.join(name[:30] for name in names)}) is called sequence or "
-                "smiles: set sequence_column=, or where line 1 is a record add the line `id,sequence` before it"
+                "smiles: set sequence_column=, or where line 1 is a record add their names before it"
             )
         sequence = 1 - names.index(id_column) if id_column else 1
         if _DATA.fullmatch(names[sequence]) and not _ID.fullmatch(names[1 - sequence]):
             raise ValueError(
                 f"{self.path}, line 1: a record ({', '.join(name[:30] for name in names)}) where the names of the "
-                "columns are expected: add the line `id,sequence` before it, or set sequence_column= if these are names"
+                "columns are expected: add them before it, or set sequence_column= if these are names"
             )
-        log.info("%s: ids are read from column %s, sequences from %s", self.path, names[1 - sequence], names[sequence])
         return sequence
 
     def _read_table(self) -> Iterator[Record | Reject]:

@@ -6,7 +6,6 @@ Light to import: worker processes do. Knows nothing of models.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 from moltron.common.logging import get_logger
 from moltron.data.prepare import molecules
 from moltron.data.readers import Record, Reject
-from moltron.tokenizers import get_tokenizer
 
 log = get_logger(__name__)
 FEW = 500  # molecules that are judged sooner here than in other processes
@@ -47,34 +45,16 @@ def rdkit() -> Any:
 
 def molecule(smiles: str) -> Any:
     """An RDKit molecule with atoms, or None."""
-    try:
-        found = rdkit().MolFromSmiles(smiles) if smiles else None
-    except RuntimeError:  # an invariant of RDKit; one molecule of a billion must not stop the rest
-        return None
-    return found if found is not None and found.GetNumAtoms() else None
+    return molecules.read_smiles(smiles.encode())[0]
 
 
 def canonical(smiles: str) -> str:
-    found = molecule(smiles)
-    return "" if found is None else rdkit().MolToSmiles(found)
-
-
-def problem(smiles: bytes) -> str | None:
-    """Why a model of molecules cannot read a SMILES, as a file has it; None: it can.
-
-    `moltron prepare` has the same rules.
-    """
-    if found := molecules.not_smiles(smiles):
-        return found
-    if molecule(smiles.strip().decode()) is None:
-        return "RDKit cannot read this SMILES"
-    codes = get_tokenizer(molecules.TOKENIZER).codes(smiles.strip())
-    return None if any(codes) else "none of its tokens is in the vocabulary"
+    return "" if (found := molecule(smiles)) is None else rdkit().MolToSmiles(found)
 
 
 def check(record: Record | Reject) -> Record | Reject:
-    """The same, or a Reject in place of a molecule that has a `problem`."""
-    reason = problem(record.sequence) if isinstance(record, Record) else None
+    """The same, or a Reject in place of a molecule that no model can read."""
+    reason = molecules.problem(record.sequence) if isinstance(record, Record) else None
     return record if reason is None else Reject(record.source, record.line, record.id, reason)
 
 
@@ -107,7 +87,7 @@ class Judges(ExitStack):
     def workers(self) -> ProcessPoolExecutor:
         number = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         context = get_context("spawn")  # a process that has used CUDA must not fork
-        pool = ProcessPoolExecutor(number, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        pool = ProcessPoolExecutor(number, context, molecules.start_worker)
         self.callback(pool.shutdown, cancel_futures=True)  # Ctrl-C is this process's affair
         return pool
 

@@ -30,6 +30,7 @@ from moltron.data.plan import EVALUATION_SEED, BatchPlan
 from moltron.data.readers import Reject, read_records
 from moltron.data.store import Store, StoreWriter
 from moltron.infer.api import Model
+from moltron.infer.chemistry import Judges
 from moltron.infer.reconstruct import Reconstruction
 from moltron.objectives import Limits, get_objective
 from moltron.parallel.collectives import DEVICES, all_reduce_sum, data_rank, data_world_size, init
@@ -151,7 +152,8 @@ def _write_store(config: EvaluateConfig, tokenizer: Tokenizer, path: Path) -> Pa
     """All records of a FASTA, CSV or SMILES file, cleaned."""
     records = read_records(config.input, config.id_column, config.sequence_column, tokenizer)
     is_molecule, odd = tokenizer.alphabet == "molecule", 0
-    with StoreWriter(path, tokenizer.alphabet, tokens=is_molecule) as writer:
+    with StoreWriter(path, tokenizer.alphabet, tokens=is_molecule) as writer, Judges() as judging:
+        records = judging.check(records) if is_molecule else records
         while some := list(islice(records, 10_000)):
             ids, sequences = [], []
             for record in some:

@@ -10,6 +10,7 @@ in the input, never on how the work is cut up; a command that was stopped goes o
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,16 +29,17 @@ from moltron.config.schema import GenerateConfig
 from moltron.data.readers import Reject, read_records, reject_table
 from moltron.data.store import Store
 from moltron.infer.api import Model
+from moltron.infer.bulk import weights_hash
 from moltron.infer.chemistry import SEEDS, Judged, Judges, canonical, draw_grid, judge
 from moltron.infer.engine import Wanted
-from moltron.infer.generate import Hypothesis
+from moltron.infer.generate import Hypothesis, penalty
 from moltron.infer.sampling import METHODS, Sampling, interpolate
 from moltron.parallel.collectives import find_device
 from moltron.tokenizers import Tokenizer
 
 log = get_logger(__name__)
 INTERPOLATE = "interpolate"
-CHUNK = 50_000  # molecules generated between two writes
+CHUNK = 10_000  # molecules generated between two writes
 COLUMNS = ("id", "input", "sample", "smiles", "valid", "log_probability", "qed", "similarity", "novel")
 
 
@@ -57,10 +59,11 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """
     sampling = _check(config)
     setup_logging()
-    if (output := Path(config.output)).exists() and not config.overwrite:
-        raise ValueError(f"output={output} exists: choose another one or set overwrite=true")
-    device = find_device(config.device)
-    model = Model(load_pretrained(config.model), device, config.precision)
+    output = Path(config.output)
+    there = [path for path in map(output.with_suffix, (".csv", ".json", ".png")) if path.exists()]
+    if there and not config.overwrite and (output in there or not Path(f"{output}.partial.json").exists()):
+        raise ValueError(f"{there[0]} exists: choose another output= or set overwrite=true")
+    model = Model(load_pretrained(config.model), find_device(config.device), config.precision)
     if model.tokenizer.alphabet != "molecule":
         raise ValueError(f"model={config.model} is of {model.tokenizer.alphabet}s: `generate` makes molecules")
     _ = model.generator  # raises where there is no decoder
@@ -76,15 +79,16 @@ class _Job:
         names = ("partial", "rejects.tsv", "partial.json")
         self.partial, self.rejects, self.file = (self.output.with_name(f"{self.output.name}.{n}") for n in names)
         self.settings = {key: value for key, value in asdict(config).items() if key not in ("output", "overwrite")}
+        self.settings["weights"] = weights_hash(model.module)
         self.tally = Tally()
-        self.last: list[Any] = []  # seed of each chunk that is done
+        self.done: list[str] = []  # of each chunk that is: what it was made of
         self.sizes = 0, 0
         state = read_json(self.file) if self.file.exists() else None
         if state is not None and state["settings"] != self.settings:
             log.warning("%s was begun with other settings: starting anew", self.partial)
             self.file.unlink()
         elif state is not None:
-            self.tally, self.last, self.sizes = Tally(**state["tally"]), state["last"], state["sizes"]
+            self.tally, self.done, self.sizes = Tally(**state["tally"]), state["done"], state["sizes"]
             self.tally.shown = [(seed, [Judged(*j) for j in found]) for seed, found in self.tally.shown]
             log.info("Going on after %d molecules that %s has", self.tally.generated, self.partial)
 
@@ -98,43 +102,39 @@ class _Job:
                     raise ValueError(f"{path} is shorter than {self.file} says: delete that one to start anew")
                 os.truncate(path, size)
             table = csv.writer(files[0], lineterminator="\n")
-            bad = reject_table(files[1], not self.last)
+            bad = reject_table(files[1], not self.done)
             judging = stack.enter_context(Judges())
             progress = stack.enter_context(Progress("generate", None))
             reference = _reference(config, judging, self.model.tokenizer)
-            if not self.last:
+            known = sorted(reference)
+            if not self.done:
                 table.writerow(COLUMNS)
             a_seed = config.num_samples if config.method == INTERPOLATE else self.sampling.copies * self.sampling.kept
             for i, (seeds, bad_ones) in enumerate(_chunks(config, self.model, judging, max(1, CHUNK // a_seed))):
-                if i < len(self.last):
-                    self._compare(i, seeds)
+                mark = hashlib.sha256(repr((seeds, known)).encode()).hexdigest()
+                if mark in self.done[i : i + 1]:
                     continue
+                if i < len(self.done):
+                    raise ValueError(f"{self.partial} has another input or reference: delete {self.file} to start anew")
                 tally.rejected += len(bad_ones)
                 bad.writerows(bad_ones)
                 if config.method == INTERPOLATE:
                     groups = _between(self.model, seeds, self.sampling, config.num_samples)
                 else:
                     groups = _near(self.model, seeds, self.sampling)
-                _write(table, groups, tally, judging, reference)
-                self._keep(seeds, files)
+                _write(table, groups, self.sampling, tally, judging, reference)
+                self._keep(mark, files)
                 progress.update(tally.generated, "molecules")
         return self._end()
 
-    def _compare(self, i: int, seeds: list[Seed]) -> None:
-        if (found := [*seeds[-1]] if seeds else []) != self.last[i]:
-            raise ValueError(
-                f"input={self.config.input} is not what {self.partial} was begun with, {found} where {self.last[i]} "
-                f"was: delete {self.file} to start anew"
-            )
-
-    def _keep(self, seeds: list[Seed], files: list[Any]) -> None:
+    def _keep(self, mark: str, files: list[Any]) -> None:
         """What the files have now is not made again."""
         for file in files:
             file.flush()
             fsync(file.name)
-        self.last.append([*seeds[-1]] if seeds else [])
+        self.done.append(mark)
         sizes = [os.path.getsize(file.name) for file in files]
-        write_json(self.file, dict(settings=self.settings, tally=asdict(self.tally), last=self.last, sizes=sizes))
+        write_json(self.file, dict(settings=self.settings, tally=asdict(self.tally), done=self.done, sizes=sizes))
 
     def _end(self) -> dict[str, Any]:
         config, tally, output = self.config, self.tally, self.output
@@ -167,6 +167,8 @@ def _check(config: GenerateConfig) -> Sampling:
     problems = [problem.replace("there are: ", f"there are: {INTERPOLATE}, ") for problem in sampling.problems()]
     if between and config.num_samples < 1:
         problems.append(f"num_samples={config.num_samples} must be at least 1")
+    if Path(config.output).resolve() in [Path(p).resolve() for p in (config.input, config.reference or "")]:
+        problems.append(f"output={config.output} is what is read: give the new molecules a file of their own")
     if Path(config.output).suffix != ".csv":
         problems.append(f"output={config.output}: the name must end in .csv")
     if problems:
@@ -237,17 +239,21 @@ def _between(model: Model, seeds: list[Seed], sampling: Sampling, count: int) ->
         yield f"{seed.id} > {following.id}", (seed.smiles, following.smiles), found, texts
 
 
-def _write(table: Any, groups: Iterator[Group], tally: Tally, judging: Judges, reference: set[str]) -> None:
+def _write(
+    table: Any, groups: Iterator[Group], sampling: Sampling, tally: Tally, judging: Judges, reference: set[str]
+) -> None:
     made = list(groups)
-    pairs = [(text, origins) for _, origins, _, texts in made for text in texts]
+    ended = ((h, t, origins) for _, origins, found, texts in made for h, t in zip(found, texts, strict=True))
+    pairs = [(text if h.finished else "", origins) for h, text, origins in ended]  # cut off: whatever it is, no answer
     verdicts = iter(judging.each(judge, pairs))
     for name, origins, hypotheses, texts in made:
         judged = [next(verdicts) for _ in texts]
         novel = tally.add(origins, judged, reference)
         for i, (text, hypothesis, j, new) in enumerate(zip(texts, hypotheses, judged, novel, strict=True)):
             valid = j.smiles != ""
+            log_p = hypothesis.score * penalty(len(hypothesis.ids) + hypothesis.finished, sampling.decoding)
             numbers = (f"{j.qed:.3f}", f"{j.similarity:.3f}") if valid else ("", "")
-            start = (name, ">".join(origins), i, j.smiles or text, int(valid), f"{hypothesis.score:.4f}")
+            start = (name, ">".join(origins), i, j.smiles or text, int(valid), f"{log_p:.4f}")
             table.writerow((*start, *numbers, int(new)))
 
 

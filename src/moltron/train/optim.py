@@ -73,11 +73,11 @@ def newton_schulz(x_KMN: Tensor, coefficients: tuple[float, float, float], steps
 
 
 def _stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one shape together, at most STACK elements a time."""
-    shapes: dict[torch.Size, list[Tensor]] = {}
+    """Parameters of one shape, laid out alike, together, at most STACK elements a time."""
+    alike: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
-        shapes.setdefault(parameter.shape, []).append(parameter)
-    for shape, same in shapes.items():
+        alike.setdefault((parameter.shape, getattr(parameter, "placements", None)), []).append(parameter)
+    for (shape, _), same in alike.items():
         count = max(1, STACK // shape.numel())
         yield from (same[i : i + count] for i in range(0, len(same), count))
 

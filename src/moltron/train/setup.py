@@ -118,7 +118,7 @@ def build_run(config: TrainConfig, device: torch.device, source: Source | None) 
     if precision == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError([f"train.precision=fp8: {torch.cuda.get_device_name(device)} has no FP8 units; use bf16"])
     if precision == "fp8" and device.type == "cpu":
-        log.info("train.precision=fp8 on a CPU is for testing the numbers: it is simulated, and slower than bf16")
+        log.info("train.precision=fp8 on a CPU is for testing the numbers: simulated, many times slower than bf16")
     compiled = can_compile if config.train.compile is None else config.train.compile
     whole = build_model(family, architecture)
     parameters = num_parameters(whole)

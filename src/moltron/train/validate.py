@@ -96,8 +96,9 @@ def validate(config: TrainConfig, world: int) -> list[str]:
 
 
 def _number_problems(config: TrainConfig) -> list[str]:
-    o, problems = config.optim, []
-    below_1 = {"optim.betas[0]": o.betas[0], "optim.betas[1]": o.betas[1], "optim.muon_momentum": o.muon_momentum}
+    o = config.optim
+    problems = [] if len(o.betas) == 2 else [f"optim.betas={o.betas} must be two numbers"]
+    below_1 = {f"optim.betas[{i}]": beta for i, beta in enumerate(o.betas)} | {"optim.muon_momentum": o.muon_momentum}
     for key, value in (_flatten(dataclasses.asdict(config)) | below_1).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or key in ELSEWHERE or key.startswith(("model.", "objective.")):

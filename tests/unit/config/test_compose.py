@@ -150,7 +150,7 @@ def test_unknown_preset_names_near_ones():
 
 def test_unknown_models_name_near_ones_with_a_preset_and_without():
     for preset in (None, "pretrain_esm2_8M"):
-        with pytest.raises(ConfigError, match="model=esm2_9M: no such preset; there are: esm2_8M"):
+        with pytest.raises(ConfigError, match="model=esm2_9M: no such preset; near it are: esm2_8M"):
             load_config(TrainConfig, [*REQUIRED, "model=esm2_9M"], preset)
 
 

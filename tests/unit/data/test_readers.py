@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from moltron.data.readers import Record, Reject, Source, expand_inputs, read_records
+from moltron.data.readers import Record, Reject, Source, check_alphabet, expand_inputs, read_records
 from moltron.infer.molecules import COLUMNS
 from moltron.tokenizers import get_tokenizer
 
@@ -189,6 +189,43 @@ def test_of_two_columns_the_second_has_the_sequences_and_the_log_says_so(tmp_pat
     assert short(read(tmp_path / "a.csv", f"{header}\np1,MKT\n")) == [("p1", b"MKT", 2)]
     first, second = header.split(",")
     assert f"a.csv: ids are read from column {first}, sequences from {second}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "name"),
+    [
+        ("mw,smiles", "46.1,CCO", "a:2"),
+        ("smiles,label", "CCO,1", "a:2"),
+        ("class,split,product,reactants_smiles", "1,train,CC,CCO", "a:2"),
+        ("batch_id,mol_id,smiles", "b,m1,CCO", "a:2"),  # which of them?
+        ("SMILES,Compound Name", "CCO,ethanol", "ethanol"),
+        ("zinc_id,tranche_name,smiles", "z1,t,CCO", "z1"),
+        ("target,sequence,split", "46.1,CCO,train", "a:2"),
+    ],
+)
+def test_ids_are_of_a_column_that_is_called_so_or_made(tmp_path, header, row, name, caplog):
+    caplog.set_level("INFO", "moltron")
+    assert short(read(tmp_path / "a.csv", f"{header}\n{row}\n")) == [(name, b"CCO", 2)]
+    assert "a.csv: ids are read from " in caplog.text
+
+
+@pytest.mark.parametrize("first", ["m1,CC(=O)[O-].[Na+]", "m1,C[Si](C)(C)C", "m1,CCO"])
+def test_a_molecule_is_no_header(tmp_path, first):
+    with pytest.raises(ValueError, match=r"a record .* where the names of the columns are expected"):
+        read(tmp_path / "a.csv", f"{first}\nm2,CCO\n")
+
+
+def test_quotes_that_join_lines_are_told(tmp_path, caplog):
+    text = 'smiles\tid\tnote\nCCO\te1\t"odd start\nCCC\te2\tx\nCCN\te3\tend"\nCCCC\te4\tz\n'
+    assert len(read(tmp_path / "a.tsv", text)) == 2
+    assert "a.tsv: quotes join lines 2 to 4: is a mark missing?" in caplog.text
+
+
+def test_one_odd_record_of_few_is_not_another_alphabet():
+    records = [Record(str(i), s, "a", i) for i, s in enumerate([b"CCO", b"OCC", b"not_a_smiles_at_all", b"CCN"])]
+    assert list(check_alphabet(iter(records), get_tokenizer("megamolbart"))) == records
+    with pytest.raises(ValueError, match="letters stand for nothing in a molecule"):
+        list(check_alphabet(iter([records[0], *[records[2]] * 2]), get_tokenizer("megamolbart")))
 
 
 @pytest.mark.parametrize(

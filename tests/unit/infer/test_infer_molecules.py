@@ -12,6 +12,7 @@ import pytest
 from moltron.checkpoint.weights import save_pretrained
 from moltron.cli.main import main
 from moltron.config.schema import EvaluateConfig, GenerateConfig
+from moltron.data.prepare import molecules as prepare_molecules
 from moltron.data.readers import Record, Reject
 from moltron.data.store import Clusters, StoreWriter
 from moltron.infer import chemistry, molecules
@@ -120,7 +121,7 @@ def test_a_failure_inside_rdkit_is_a_molecule_that_it_cannot_read(monkeypatch):
         raise RuntimeError("Pre-condition Violation")
 
     monkeypatch.setattr(chemistry.rdkit(), "MolFromSmiles", fail)
-    assert chemistry.problem(b"CCO") == "RDKit cannot read this SMILES"
+    assert prepare_molecules.problem(b"CCO") == "RDKit cannot read this SMILES"
 
 
 def test_no_valid_molecule_has_no_mean_and_the_radius_that_was_used_is_said(run):
@@ -154,7 +155,7 @@ def test_a_command_that_was_stopped_goes_on(run, tmp_path, monkeypatch):
 
     run(answers, records, num_samples=1)
     expected = files()
-    for name in names:
+    for name in (*names, "out.png"):
         (tmp_path / name).unlink()
     with pytest.raises(RuntimeError):  # StopIteration in a generator: there is no fifth answer
         run(answers[:4], records, num_samples=1)
@@ -170,13 +171,56 @@ def test_what_was_begun_is_not_mixed_with_something_else(run, tmp_path, monkeypa
     monkeypatch.setattr(molecules, "CHUNK", 1)
     with pytest.raises(RuntimeError):
         run(["CC"], num_samples=1)
-    with pytest.raises(ValueError, match=r"is not what .*out.csv.partial was begun with.*CCO.* was: delete .*json"):
+    with pytest.raises(ValueError, match=r"out.csv.partial has another input or reference: delete .*json"):
         run(["CC"], ["CCN", *SEEDS], num_samples=1)
     (tmp_path / "out.csv.partial").write_text("")
     with pytest.raises(ValueError, match="shorter than"):
         run(["CC"], num_samples=1)
     report, _ = run(["CC", "CN", "CO"], num_samples=1, seed=7)
     assert "begun with other settings" in capsys.readouterr().err and report["generated"] == 3
+
+
+def test_what_was_begun_with_other_weights_starts_anew(run, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(molecules, "CHUNK", 1)
+    with pytest.raises(RuntimeError):
+        run(["CC"], num_samples=1)
+    monkeypatch.setattr(molecules, "weights_hash", lambda module: "those of a later step")
+    report, _ = run(["CC", "CN", "CO"], num_samples=1)
+    assert "begun with other settings" in capsys.readouterr().err and report["generated"] == 3
+    assert report["weights"] == "those of a later step"
+
+
+def test_a_reference_that_changed_is_noticed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(molecules, "CHUNK", 1)
+    (tmp_path / "known.smi").write_text("CC\n")
+    with pytest.raises(RuntimeError):
+        run(["CC"], num_samples=1, reference=str(tmp_path / "known.smi"))
+    (tmp_path / "known.smi").write_text("CCC\n")
+    with pytest.raises(ValueError, match="another input or reference"):
+        run(["CC"], num_samples=1, reference=str(tmp_path / "known.smi"))
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.json", "out.png"])
+def test_no_file_of_others_is_written_over(run, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} exists: choose another output= or set overwrite=true"):
+        run(["CC"] * 3, num_samples=1)
+    assert (tmp_path / name).read_text() == "mine"
+    run(["CC"] * 3, num_samples=1, overwrite=True)
+
+
+def test_the_input_is_not_written_over(run, tmp_path):
+    config = GenerateConfig("none", str(tmp_path / "in.csv"), f"{tmp_path}/../{tmp_path.name}/in.csv", overwrite=True)
+    with pytest.raises(ValueError, match=r"in\.csv is what is read"):
+        molecules.generate(config)
+
+
+def test_what_was_cut_off_is_no_molecule_and_log_probability_has_no_penalty(run, folder):
+    keys = dict(num_samples=2, method="topkp-perturbate", max_tokens=2, overwrite=True)
+    report, rows = run(None, **keys)
+    assert report["validity"] == 0 and all(row["valid"] == "0" and row["smiles"] for row in rows)
+    _, punished = run(None, **keys, length_penalty=2.0)
+    assert [row["log_probability"] for row in punished] == [row["log_probability"] for row in rows]
 
 
 def test_novelty_against_a_reference(run, tmp_path):
@@ -260,6 +304,9 @@ def test_what_cannot_work_is_said(run, folder, model_folder, tmp_path):
         ValueError, match="record 'long' has 30 tokens, the model reads 23, and molecules are not cropped"
     ):
         evaluate_file(EvaluateConfig(folder, str(tmp_path / "long.smi"), device="cpu"))
+    (tmp_path / "broken.smi").write_text("CCO\nC1CC(C=O ring\n")
+    with pytest.raises(ValueError, match="line 2, record 'ring': RDKit cannot read this SMILES"):
+        evaluate_file(EvaluateConfig(folder, str(tmp_path / "broken.smi"), device="cpu"))
     for device in ("gpu", "cuda:99"):
         with pytest.raises(ValueError, match=f"device={device}"):
             run([], device=device, overwrite=True)

@@ -83,7 +83,8 @@ SPLIT_EIGHT = {
 THREE = {"dp_shard 3": {}, "dp_replicate 3": dict(dp_replicate=3)}  # four packs: one has two, the others an empty one
 SIX = {"dp_shard 3, tp 2": dict(tp=2), "dp_shard 3, cp 2": dict(cp=2)}
 ALL = LAYOUTS | SPLIT | EIGHT | SPLIT_EIGHT | THREE | SIX
-MUON = ["dp_shard 4", "dp_replicate 2, tp 2", "cp 2, tp 2", "pp 2, dp_shard 2"]
+MUON = [("esm2", layout) for layout in ("dp_shard 4", "dp_replicate 2, tp 2", "cp 2, tp 2", "pp 2, dp_shard 2")]
+MUON += [("megamolbart", "dp_replicate 2, tp 2")]  # matrices of one shape, some cut by rows, some by columns
 FP8 = ["dp_shard 4", "tp 4", "pp 2, tp 2"]  # of moments
 FP8_PAIRS = [*permutations(FP8, 2)]
 OPTIMIZERS = {"adamw": {}, "muon": dict(name="muon"), "fp8": dict(state="fp8")}
@@ -251,7 +252,9 @@ def spawned(cases, processes=4):
 
 @pytest.fixture(scope="module")
 def results():
-    return spawned([(name, "adamw", layout) for name, layout in EVERYDAY] + [("esm2", "muon", name) for name in MUON])
+    return spawned(
+        [(name, "adamw", layout) for name, layout in EVERYDAY] + [(name, "muon", layout) for name, layout in MUON]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -311,10 +314,10 @@ def test_three_axes_on_eight_ranks_are_one_process(name, layout):
     test_a_layout_is_one_process(results_of_eight(name), name, layout)
 
 
-@pytest.mark.parametrize("layout", MUON)
-def test_muon_too(results, layout):
+@pytest.mark.parametrize(("name", "layout"), MUON)
+def test_muon_too(results, name, layout):
     """Its iteration runs in fp32 here, in bf16 on a GPU."""
-    numbers, weights = results[f"esm2, muon, {layout}"]
+    numbers, weights = results[f"{name}, muon, {layout}"]
     assert numbers < 1e-3 and weights < 5e-3
 
 

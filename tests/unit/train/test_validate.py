@@ -43,6 +43,7 @@ def test_the_defaults_are_valid(config):
         ("optim", "state", "int8", "optim.state=int8 is unknown: choose one of fp32, fp8"),
         ("optim", "lr", float("nan"), "optim.lr=nan must be greater than 0"),
         ("optim", "betas", (0.9, 1.0), "optim.betas[1]=1.0 must be in [0, 1)"),
+        ("optim", "betas", (0.9,), "optim.betas=(0.9,) must be two numbers"),
         ("optim", "weight_decay", -1, "optim.weight_decay=-1 must not be negative"),
         ("objective", "name", "causal", "objective.name=causal does not suit esm2: choose masked_lm"),
         ("logging", "wandb", "yes", "logging.wandb=yes is unknown"),

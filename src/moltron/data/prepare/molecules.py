@@ -61,6 +61,27 @@ def not_smiles(text: bytes) -> str | None:
     return "white space inside the SMILES" if len(text.split()) > 1 else None
 
 
+def read_smiles(text: bytes) -> tuple[Any, str]:
+    """An RDKit molecule with atoms; or None, and why."""
+    if found := not_smiles(text):
+        return None, found
+    try:
+        molecule = rdkit()[0].MolFromSmiles(text.strip().decode())
+    except RuntimeError:  # an invariant of RDKit; one molecule of a billion must not stop the rest
+        molecule = None
+    if molecule is None:
+        return None, "RDKit cannot read this SMILES"
+    return (molecule, "") if molecule.GetNumAtoms() else (None, "a molecule without atoms")
+
+
+def problem(smiles: bytes) -> str | None:
+    """Why a model of molecules cannot read a SMILES, as a file has it; None: it can."""
+    if found := read_smiles(smiles)[1]:
+        return found
+    codes = get_tokenizer(TOKENIZER).codes(smiles.strip())
+    return None if any(codes) else "none of its tokens is in the vocabulary"
+
+
 class Canonical(NamedTuple):
     smiles: bytes
     length: int  # tokens
@@ -77,13 +98,9 @@ def canonicalize(molecules: list[bytes], config: PrepareConfig) -> list[Canonica
 
     def one(smiles: bytes) -> Canonical:
         changes: dict[str, int] = {}
-        if problem := not_smiles(smiles):
+        molecule, problem = read_smiles(smiles)
+        if problem:
             return Canonical(b"", 0, problem, changes)
-        molecule = Chem.MolFromSmiles(smiles.strip().decode())
-        if molecule is None:
-            return Canonical(b"", 0, "RDKit cannot read this SMILES", {})
-        if not molecule.GetNumAtoms():
-            return Canonical(b"", 0, "a molecule without atoms", {})
         if config.salts == "strip" and b"." in smiles:
             parts = Chem.GetMolFrags(molecule, asMols=True)
             if len(parts) > 1:
@@ -139,7 +156,7 @@ def write_rows(molecules: pa.RecordBatch, config: PrepareConfig) -> tuple[pa.Rec
     return pa.record_batch([repeated, sequences, tokens], schema=ROWS), dict(counts)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Ctrl-C is the parent's affair; a worker whose parent was killed ends too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
@@ -175,7 +192,7 @@ class Workers:
             for kept, argument in tasks:
                 yield kept, function(argument, config)
             return
-        self._pool = self._pool or ProcessPoolExecutor(self.number, initializer=_start_worker)
+        self._pool = self._pool or ProcessPoolExecutor(self.number, initializer=start_worker)
         waiting: deque[tuple[Kept, Future[Result]]] = deque()
         tasks = iter(tasks)
         try:

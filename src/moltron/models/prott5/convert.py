@@ -101,11 +101,7 @@ def read_hf(theirs: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
     has_decoder = any(name.startswith("decoder.block.") for name in tensors)
     tensors, tied = _one_embedding(theirs, dict(tensors), where)
     config = ProtT5Config(
-        **fields,
-        num_decoder_layers=depth if has_decoder else 0,
-        tokenizer="prott5",
-        architecture="t5",
-        tied_head=tied,
+        **fields, num_decoder_layers=depth if has_decoder else 0, tokenizer="prott5", architecture="t5", tied_head=tied
     )
     return config, read(rows(config), tensors, where)
 
