@@ -25,7 +25,7 @@ from moltron.common.manifest import read_json, write_json
 BEATS = 20
 
 log = get_logger(__name__)
-_here = 0, ""  # reports of this rank so far, and the last one
+_here = 0, "starting"  # reports of this rank so far, and the last one
 
 
 def doing(what: str) -> None:
