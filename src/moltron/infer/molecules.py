@@ -106,7 +106,7 @@ class _Job:
             judging = stack.enter_context(Judges())
             progress = stack.enter_context(Progress("generate", None))
             reference = _reference(config, judging, self.model.tokenizer)
-            known = sorted(reference)
+            known = hashlib.sha256("\n".join(sorted(reference)).encode()).hexdigest()
             if not self.done:
                 table.writerow(COLUMNS)
             a_seed = config.num_samples if config.method == INTERPOLATE else self.sampling.copies * self.sampling.kept
