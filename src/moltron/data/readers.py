@@ -43,8 +43,8 @@ _FRAMES: dict[bytes, Callable[[], Any]] = {  # by the first bytes of a file
     b"\x28\xb5\x2f\xfd": lambda: zstandard.ZstdDecompressor().decompressobj(),
 }
 _RANGE = re.compile(r"(?:[\[(<]|_OP_)(\d+)\.\.(\d+)(?:[\])>]|_CL_)")
-_ID = re.compile(r"(.*[ _])?(id|name|accession|entry|key)", re.IGNORECASE)  # names of columns: of ids,
-_IDS = ("id", ".*[ _]id", "(.*[ _])?(name|accession|entry)")  # the first of these counts that any column has
+_IDS = ("id", ".*[ _]id", "(.*[ _])?(name|accession|entry)")  # names of columns: of ids, the first that there is;
+_ID = re.compile("|".join(_IDS), re.IGNORECASE)
 _SEQUENCE = re.compile(r".*smiles(?!_?id).*|.*sequence", re.IGNORECASE)  # of sequences;
 _DATA = re.compile(  # what is none, but a sequence or a SMILES
     r"[A-Z*-]+|[A-Za-z*-]{12,}|(Cl|Br|Si|Se|As|Te|Sn|Na|Li|Mg|Al|Ca|Zn|[KBCNOPSFIHbcnops0-9=#()\[\]@+/\\%.-])+"
