@@ -52,7 +52,7 @@ class Seed(NamedTuple):
 def generate(config: GenerateConfig) -> dict[str, Any]:
     """Write the table, the picture and the report; returns the report.
 
-    Its shares: validity, valid (ended, and read by RDKit) of all generated; uniqueness, different ones of a seed's valid
+    Its shares: validity, valid (ended, read by RDKit) of all generated; uniqueness, different ones of a seed's valid
     ones, mean over seeds; novelty, of the valid ones those not in the reference and not the seed; nuv, of all generated
     those that are valid, novel and the first of their kind of a seed. qed and similarity are means over the valid ones,
     None without any.
